@@ -1,0 +1,75 @@
+"""jaxpaged as a worker process: the same calls as a peer, through the public `LLM` only."""
+
+import time
+from typing import Any
+
+import jax
+
+from bench.worker import peak_memory_bytes, serve
+from jaxpaged import LLM, SamplingParams
+
+
+class EngineWorker:
+    """Holds the loaded engine between calls."""
+
+    def __init__(self) -> None:
+        self._llm: LLM | None = None
+
+    def load(self, folder: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Load the model; `options` are further arguments of LLM."""
+        start = time.perf_counter()
+        self._llm = LLM(folder, dtype=dtype, show_progress=False, **options)
+        device = jax.devices()[0]
+        return {"load_s": time.perf_counter() - start, "device": f"{device.platform} {device.device_kind}"}
+
+    def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+        """All requests at once, at time 0, greedy, to exactly their `max_tokens`; the prefix cache starts empty."""
+        llm = self._llm
+        assert llm is not None
+        llm.reset_prefix_cache()
+        params = [
+            SamplingParams(temperature=0, max_tokens=num, ignore_eos=True, detokenize=False) for num in max_tokens
+        ]
+        before = host_stats(llm)
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        elapsed_s = time.perf_counter() - start
+        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+        after = host_stats(llm)
+        return {
+            "elapsed_s": elapsed_s,
+            "token_ids": token_ids,
+            "host": {name: after[name] - before[name] for name in after},
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """What is known at the end only."""
+        assert self._llm is not None
+        stats = self._llm.stats()
+        return {
+            "peak_memory_bytes": peak_memory_bytes(),
+            "num_compiles_after_warmup": stats.num_compiles_after_warmup,
+            "num_preemptions": stats.num_preemptions,
+        }
+
+
+def host_stats(llm: LLM) -> dict[str, float]:
+    """Seconds the host spent so far, by part, and the steps it spent them on: the one place that reads these times.
+
+    Wall time: with the host one step ahead, the device's threads compete for the cores (`bench.host_time` has none).
+    """
+    times = llm.engine.host_times
+    parts = {"schedule_s": times.schedule_s, "build_s": times.build_s, "update_s": times.update_s}
+    return {**parts, "host_s": sum(parts.values()), "num_steps": times.num_steps}
+
+
+def main() -> None:
+    worker = EngineWorker()
+    serve(
+        {"load": worker.load, "generate": worker.generate, "finish": worker.finish},
+        {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+    )
+
+
+if __name__ == "__main__":
+    main()

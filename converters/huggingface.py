@@ -1,0 +1,250 @@
+"""Hugging Face folders: read lazily, checked before anything is loaded, converted in memory or to a native folder."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from converters import llama
+from converters.rules import Assignment, Ignore, Plan, Rule, make_plan
+from jaxpaged.models import checkpoint
+from jaxpaged.models.config import GenerationDefaults, ModelConfig
+from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.parameters import fill, parameter_specs
+from jaxpaged.models.registry import build_abstract
+from jaxpaged.models.tensor_files import TensorFolder, read_json
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table: how an architecture's config and weights are read."""
+
+    translate: Callable[..., ModelConfig]
+    rules: Callable[[ModelConfig], tuple[Rule | Ignore, ...]]
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Architecture(llama.translate, llama.rules)}
+NAME_OF_MODEL_TYPE: Mapping[str, str] = {"llama": "LlamaForCausalLM"}
+"""For configs that name no architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did; `str()` of it is a table for people."""
+
+    source: Path
+    target: Path
+    architecture: str
+    dtype: str
+    num_source_tensors: int
+    num_parameters: int
+    num_elements: int
+    num_bytes: int
+    num_transposed: int
+    num_cast: int
+    """Tensors whose element type was changed."""
+    ignored: tuple[tuple[str, str], ...]
+    """Source tensors left out, and why."""
+    weight_files: tuple[str, ...]
+    copied_files: tuple[str, ...]
+    duration_s: float
+
+    def __str__(self) -> str:
+        rows = [
+            ("source", str(self.source)),
+            ("target", str(self.target)),
+            ("architecture", f"{self.architecture}, {self.num_elements:,} parameters in {self.dtype}"),
+            ("tensors read", f"{self.num_source_tensors} ({self.num_transposed} transposed, {self.num_cast} cast)"),
+            ("tensors written", f"{self.num_parameters}, {self.num_bytes:,} bytes, {len(self.weight_files)} file(s)"),
+            *(("ignored", f"{name}: {because}") for name, because in self.ignored[:8]),
+            *([("ignored", f"and {len(self.ignored) - 8} more")] if len(self.ignored) > 8 else []),
+            ("copied", ", ".join(self.copied_files) or "nothing"),
+            ("seconds", f"{self.duration_s:.1f}"),
+        ]
+        return "\n".join(f"{label:<16} {text}" for label, text in rows)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checked Hugging Face folder: everything is known but the data."""
+
+    config: ModelConfig
+    plan: Plan
+    tensors: TensorFolder
+
+    def read(self, assignment: Assignment) -> np.ndarray:
+        """Return the parameter's data as the model wants it."""
+        dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
+        return assignment.transform.apply(self.tensors.read(assignment.source).astype(dtype, copy=False))
+
+
+@contextmanager
+def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]:
+    """Check the folder down to the last tensor's shape, and give it open for reading.
+
+    ValueError, naming the file and the tensor or attribute, for whatever is not as it should be.
+    """
+    checkpoint.check_dtype(dtype)
+    if not source.is_dir():
+        raise ValueError(f"{source}: not a folder")
+    values = read_json(source / "config.json")
+    if values.get("format") == checkpoint.FORMAT:
+        raise ValueError(f"{source}: is a native checkpoint already")
+    _refuse_remote_code(source / "config.json")
+    _refuse_remote_code(source / "tokenizer_config.json")
+    with TensorFolder(source) as tensors:
+        name = _architecture_name(source, values)
+        first = next(iter(tensors.specs.values()), None)
+        try:
+            config = ARCHITECTURES[name].translate(
+                values, dtype=dtype, default_dtype="float32" if first is None else first.dtype.name
+            )
+        except ValueError as error:
+            raise ValueError(f"{source / 'config.json'}: {error}") from error
+        config = _with_generation_tokens(source, config)
+        plan = make_plan(
+            ARCHITECTURES[name].rules(config),
+            {tensor: spec.shape for tensor, spec in tensors.specs.items()},
+            {path: tuple(spec.shape) for path, spec in parameter_specs(build_abstract(config)).items()},
+            str(source),
+        )
+        _check_ignored(source, plan, tensors)
+        yield OpenCheckpoint(config, plan, tensors)
+
+
+def _refuse_remote_code(path: Path) -> None:
+    if path.is_file() and read_json(path).get("auto_map"):
+        raise ValueError(f"{path}: auto_map asks for code of the checkpoint: no remote code is ever run")
+
+
+def _architecture_name(source: Path, values: Mapping[str, Any]) -> str:
+    names = values.get("architectures")
+    model_type = values.get("model_type")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if names is None and isinstance(model_type, str):
+        name = NAME_OF_MODEL_TYPE.get(model_type)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(
+            f"{source / 'config.json'}: architectures={names!r}, model_type={model_type!r}: no converter; there is one "
+            f"for {sorted(ARCHITECTURES)}"
+        )
+    if isinstance(model_type, str) and NAME_OF_MODEL_TYPE.get(model_type) != name:
+        raise ValueError(f"{source / 'config.json'}: model_type={model_type!r} does not go with {names!r}")
+    return name
+
+
+def _with_generation_tokens(source: Path, config: ModelConfig) -> ModelConfig:
+    """Return the config with the stop tokens of generation_config.json, where it names some: they win."""
+    path = source / checkpoint.GENERATION_FILE
+    if not path.is_file():
+        return config
+    values = read_json(path)
+    eos_token_id = values.get("eos_token_id")
+    try:
+        GenerationDefaults.from_generation_config(values)
+        if eos_token_id is None:
+            return config
+        return ModelConfig.from_json(config.as_json() | {"eos_token_ids": llama.as_list(eos_token_id)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_ignored(source: Path, plan: Plan, tensors: TensorFolder) -> None:
+    """Raise ValueError if a tensor that may only be ignored as a copy of another is not one."""
+    for name, rule in plan.ignored:
+        if rule.same_as is None:
+            continue
+        same = tensors.specs[name].shape == tensors.specs[rule.same_as].shape
+        if not same or not np.array_equal(tensors.read(name), tensors.read(rule.same_as)):
+            raise ValueError(
+                f"{source}: tensor {name!r} is not {rule.because}: it differs from {rule.same_as!r}; set "
+                f"tie_word_embeddings to false in config.json if it is meant to be used"
+            )
+
+
+def load_huggingface(
+    source: Path | str,
+    dtype: str | None = None,
+    show_progress: bool = False,
+    *,
+    max_model_len: int | None = None,
+    put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
+) -> tuple[ModelConfig, LlamaForCausalLM]:
+    """Return the facts and the filled model of a Hugging Face folder, converted in memory, one tensor at a time.
+
+    `dtype` None keeps the checkpoint's own (float16 is widened to float32). `put(path, array)` places each parameter
+    (default: on the default device). Whatever is wrong raises ValueError before any weight is read.
+    """
+    with open_checkpoint(Path(source), dtype) as opened:
+        model = build_abstract(opened.config, max_model_len=max_model_len)
+        return opened.config, fill(model, _parameters(opened, show_progress=show_progress), put=put)
+
+
+def _parameters(opened: OpenCheckpoint, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+    assignments = opened.plan.assignments
+    for assignment in tqdm(assignments, unit="tensor", desc="weights", disable=not show_progress):
+        yield assignment.target, opened.read(assignment)
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+    max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES,
+) -> ConversionReport:
+    """Write the Hugging Face folder `source` as a native checkpoint `target`, and return what was done.
+
+    `target` appears complete or not at all. Tokenizer files and generation_config.json are copied along, code never.
+    Whatever is wrong raises ValueError naming file and tensor.
+    """
+    started = time.perf_counter()
+    source, target = Path(source), Path(target)
+    checkpoint.check_target(target, overwrite=overwrite)
+    companions = {name: source / name for name in checkpoint.COMPANION_FILES if (source / name).is_file()}
+    with open_checkpoint(source, dtype) as opened:
+        assignments = {assignment.target: assignment for assignment in opened.plan.assignments}
+        num_bytes = 0
+        with tqdm(total=len(assignments), unit="tensor", desc="converting", disable=not show_progress) as bar:
+
+            def read(name: str) -> np.ndarray:
+                nonlocal num_bytes
+                array = opened.read(assignments[name])
+                num_bytes += array.nbytes
+                bar.update()
+                return array
+
+            files = checkpoint.write(
+                target,
+                opened.config,
+                read,
+                companions=companions,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+            )
+        specs = opened.tensors.specs
+        kept_dtype = checkpoint.NUMPY_DTYPES[opened.config.dtype]
+        return ConversionReport(
+            source=source,
+            target=target,
+            architecture=opened.config.architecture,
+            dtype=opened.config.dtype,
+            num_source_tensors=len(specs),
+            num_parameters=len(assignments),
+            num_elements=num_bytes // kept_dtype.itemsize,
+            num_bytes=num_bytes,
+            num_transposed=sum(a.transform.name == "transposed" for a in assignments.values()),
+            num_cast=sum(specs[a.source].dtype != kept_dtype for a in assignments.values()),
+            ignored=tuple((name, rule.because) for name, rule in opened.plan.ignored),
+            weight_files=files,
+            copied_files=tuple(companions),
+            duration_s=time.perf_counter() - started,
+        )

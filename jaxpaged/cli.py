@@ -1,0 +1,278 @@
+"""The command line: jaxpaged generate | chat | convert | plan | info. A verb imports what it needs when it runs."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from jaxpaged.config import OPTIONS
+from jaxpaged.sampling_params import SamplingParams
+
+DEFAULT_PROMPT = "ROMEO:\n"
+SAMPLING_FLAGS = {
+    "n": (int, 1, "samples per prompt"),
+    "max_tokens": (int, 64, "most tokens to generate"),
+    "temperature": (float, 0.0, "0 is greedy"),
+    "top_p": (float, 1.0, "keep the most likely tokens of this probability mass"),
+    "top_k": (int, 0, "keep this many of the most likely tokens; 0 is off"),
+    "min_p": (float, 0.0, "keep tokens at least this fraction as likely as the likeliest"),
+    "repetition_penalty": (float, 1.0, "above 1 discourages repetition"),
+    "seed": (int, None, "same seed, same text"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. A ValueError becomes one line and exit code 2."""
+    started = time.perf_counter()
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options, started)
+    except ValueError as error:
+        print(f"jaxpaged: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxpaged: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader went away: let the interpreter not complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; engine options come from the fields of EngineConfig."""
+    parser = argparse.ArgumentParser(
+        prog="jaxpaged", description="Paged inference of language models in pure JAX, on TPU, CUDA GPU and CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxpaged {importlib.metadata.version('jaxpaged')}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    generate = verbs.add_parser("generate", help="complete prompts")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=f"default: {DEFAULT_PROMPT!r}")
+    generate.add_argument("--no-echo", action="store_true", help="print only what was generated, not the prompt")
+    generate.add_argument("--stop", action="append", help="end at this string; may be given again")
+    generate.set_defaults(run=_generate)
+
+    chat = verbs.add_parser("chat", help="talk with a model that has a chat template")
+    chat.add_argument("--system", help="system message")
+    chat.set_defaults(run=_chat)
+
+    for verb in (generate, chat):
+        verb.add_argument("--verbose", action="store_true", help="print where the time went")
+        verb.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
+        for name, (kind, default, text) in SAMPLING_FLAGS.items():
+            verb.add_argument(_flag(name), type=kind, default=default, help=f"{text} (default: {default})")
+        _add_engine_flags(verb)
+
+    convert = verbs.add_parser("convert", help="convert a Hugging Face folder to the native format")
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to store (default: the checkpoint's)")
+    convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    convert.set_defaults(run=_convert)
+
+    plan = verbs.add_parser("plan", help="weights, KV blocks and activations against the device, before loading")
+    plan.add_argument("model_name", metavar="MODEL")
+    _add_engine_flags(plan, with_model=False)
+    plan.set_defaults(run=_plan)
+
+    info = verbs.add_parser("info", help="versions, devices, and which attention kernels are usable and why")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser, *, with_model: bool = True) -> None:
+    if with_model:
+        parser.add_argument("--model", default="demo", help="model folder, or demo (default: demo)")
+        parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
+    group = parser.add_argument_group("engine")
+    for option in OPTIONS:
+        if option.name == "seed":
+            continue  # a generation's seed is a sampling flag
+        kind, choices = _kind(option.type)
+        help_text = f"{option.metadata['help']} (default: {option.default})"
+        if kind is bool:
+            group.add_argument(
+                _flag(option.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+            )
+        else:
+            group.add_argument(
+                _flag(option.name), type=kind, choices=choices, default=argparse.SUPPRESS, help=help_text
+            )
+
+
+def _kind(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """The parser and the choices of a field's type."""
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation)
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if any(get_origin(kind) is Literal for kind in kinds):
+        return _int_or_auto, None
+    return kinds[0], None
+
+
+def _int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {option.name: getattr(options, option.name) for option in OPTIONS
+            if option.name != "seed" and hasattr(options, option.name)}
+
+
+def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    values = {name: getattr(options, name) for name in SAMPLING_FLAGS}
+    return SamplingParams(stop=getattr(options, "stop", None), **values)
+
+
+def _load(options: argparse.Namespace, started: float) -> tuple[Any, float]:
+    """The LLM and the seconds that its imports took."""
+    from jaxpaged.llm import LLM  # noqa: PLC0415  a verb imports what it needs
+
+    imports_s = time.perf_counter() - started
+    llm = LLM(
+        options.model, tokenizer=options.tokenizer, show_progress=not options.quiet, **_engine_options(options)
+    )
+    return llm, imports_s
+
+
+def _generate(options: argparse.Namespace, started: float) -> int:
+    params = _sampling_params(options)  # a bad value is refused before anything is loaded
+    llm, imports_s = _load(options, started)
+    prompts = options.prompts or [DEFAULT_PROMPT]
+    ready = time.perf_counter()
+    if len(prompts) == 1 and params.n == 1:
+        outputs = [_print_stream(llm, prompts[0], params, is_echoed=not options.no_echo)]
+    else:
+        outputs = llm.generate(prompts, params, use_tqdm=not options.quiet)
+        for output in outputs:
+            for completion in output.outputs:
+                print((("" if options.no_echo else output.prompt or "") + completion.text))
+                print("---")
+    if not options.quiet:
+        _print_summary(llm, outputs, time.perf_counter() - ready)
+    if options.verbose:
+        _print_times(llm, outputs, imports_s, ready - started, started)
+    return 1 if any(done.finish_reason == "error" for output in outputs for done in output.outputs) else 0
+
+
+def _print_stream(llm: Any, prompt: Any, params: SamplingParams, *, is_echoed: bool) -> Any:
+    """Print text as it comes; returns the finished RequestOutput."""
+    shown = 0
+    output = None
+    if is_echoed:
+        print(prompt, end="", flush=True)
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print()
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            print(f"jaxpaged: the request ended in an error: {completion.stop_reason}", file=sys.stderr)
+    return output
+
+
+def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    firsts = [output.metrics.time_to_first_token_s for output in outputs if output.metrics.time_to_first_token_s]
+    running_s = max(elapsed_s - llm.last_warm_up_s, 1e-9)
+    stats = llm.stats()
+    first = f"first token after {min(firsts) * 1e3:.0f} ms, " if firsts else ""
+    print(
+        f"[{num_prompt} prompt tokens, {num_generated} generated in {running_s:.2f} s: "
+        f"{num_generated / running_s:.1f} tok/s; {first}{stats.num_blocks - 1} blocks, "
+        f"{stats.num_preemptions} preemptions]",
+        file=sys.stderr,
+    )
+
+
+def _print_times(llm: Any, outputs: Sequence[Any], imports_s: float, ready_s: float, started: float) -> None:
+    first_s = min((output.metrics.time_to_first_token_s or 0.0) for output in outputs)
+    stats = llm.stats()
+    rows = (
+        ("imports", imports_s),
+        ("load", llm.load_s),
+        ("engine (memory plan, cache, tokenizer)", ready_s - imports_s - llm.load_s),
+        ("warm-up (compile or read compiled steps)", llm.warm_up_s),
+        ("prompt to first token", first_s),
+        ("start to first token", ready_s + llm.warm_up_s + first_s),
+        ("start to end", time.perf_counter() - started),
+    )
+    for name, seconds in rows:
+        print(f"  {name:<42} {seconds:8.2f} s", file=sys.stderr)
+    print(f"  {'host time per step':<42} {stats.host_seconds_per_step * 1e3:8.2f} ms", file=sys.stderr)
+    print(f"  {'compiles after warm-up':<42} {stats.num_compiles_after_warmup:8d}", file=sys.stderr)
+
+
+def _chat(options: argparse.Namespace, started: float) -> int:
+    params = dataclasses.replace(_sampling_params(options), n=1)
+    llm, _ = _load(options, started)
+    messages: list[dict[str, str]] = []
+    if options.system:
+        messages.append({"role": "system", "content": options.system})
+    tokenizer = llm.engine.tokenizer
+    if tokenizer is None or not tokenizer.has_chat_template:
+        raise ValueError(
+            f"model {options.model!r} has no chat template: use `jaxpaged generate`, or a model that was tuned to chat"
+        )
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = {"prompt_token_ids": tokenizer.encode_chat(messages, add_generation_prompt=True)}
+        output = _print_stream(llm, prompt, params, is_echoed=False)
+        messages.append({"role": "assistant", "content": output.outputs[0].text})
+
+
+def _convert(options: argparse.Namespace, started: float) -> int:
+    from converters.huggingface import convert  # noqa: PLC0415  a verb imports what it needs
+
+    report = convert(Path(options.source), Path(options.target), dtype=options.dtype, overwrite=options.overwrite)
+    print(report)
+    return 0
+
+
+def _plan(options: argparse.Namespace, started: float) -> int:
+    from jaxpaged.llm import plan_for  # noqa: PLC0415  a verb imports what it needs
+
+    print(plan_for(options.model_name, **_engine_options(options)))
+    return 0
+
+
+def _info(options: argparse.Namespace, started: float) -> int:
+    import jax  # noqa: PLC0415  a verb imports what it needs
+
+    import pallas_kernels  # noqa: PLC0415
+    from jaxpaged.models.registry import MODELS  # noqa: PLC0415
+
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for name in ("jaxpaged", "jax", "jaxlib", "flax", "numpy", "transformers", "orbax-checkpoint"):
+        print(f"{name:<13} {importlib.metadata.version(name)}")
+    for device in jax.devices():
+        print(f"device        {device.id}: {device.device_kind} ({device.platform})")
+    print(f"models        {', '.join(sorted(MODELS))}")
+    print("attention kernels:")
+    print(pallas_kernels.explain())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

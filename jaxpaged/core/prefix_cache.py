@@ -1,0 +1,64 @@
+"""Which device block already holds the keys and values of which tokens."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence as TokenSequence
+
+
+def root_key(cache_salt: str) -> bytes:
+    """The key before a sequence's first block; prompts of different salts share nothing."""
+    return hashlib.blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=32, person=b"prefix root").digest()
+
+
+def chain_key(parent: bytes, tokens: TokenSequence[int]) -> bytes:
+    """The key of a full block: of its tokens and, through `parent`, of everything before them."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
+
+
+class PrefixCache:
+    """Chain key -> device block. It holds no references: an entry lives until its block is given new content."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self.num_queries = 0
+        """Tokens that were looked up by requests at their first admission."""
+        self.num_hits = 0
+        """Those of them that were found."""
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def find(self, key: bytes) -> int | None:
+        return self._blocks.get(key)
+
+    def insert(self, key: bytes, block: int) -> None:
+        """Make `block` findable; the first block of a key stays, a twin of it is not entered."""
+        if key not in self._blocks and block not in self._keys:
+            self._blocks[key] = block
+            self._keys[block] = key
+
+    def forget(self, block: int) -> None:
+        """The block's content is no longer to be found."""
+        key = self._keys.pop(block, None)
+        if key is not None:
+            del self._blocks[key]
+
+    def forget_key(self, key: bytes) -> None:
+        block = self._blocks.pop(key, None)
+        if block is not None:
+            del self._keys[block]
+
+    def count(self, num_queries: int, num_hits: int) -> None:
+        self.num_queries += num_queries
+        self.num_hits += num_hits
+
+    def reset(self) -> None:
+        """Forget every entry; the counters go on."""
+        self._blocks.clear()
+        self._keys.clear()
+
+    def check(self) -> None:
+        """Raise RuntimeError unless both directions agree."""
+        if self._blocks != {key: block for block, key in self._keys.items()}:
+            raise RuntimeError("the prefix cache's keys and blocks do not mirror each other")

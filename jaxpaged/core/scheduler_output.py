@@ -1,0 +1,70 @@
+"""What one step is to do, and what it gave back: the whole contract of host and device."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxpaged.core.request import Sequence
+
+
+class BlockCopy(NamedTuple):
+    """One block to copy. Device to device for copy-on-write, device to host for swap out, host to device for swap in."""
+
+    source: int
+    target: int
+
+
+class ScheduledSequence(NamedTuple):
+    """The tokens [start, start + num_new_tokens) of a sequence go through the model in this step."""
+
+    sequence: Sequence
+    start: int
+    num_new_tokens: int
+    num_samples: int
+    """Tokens to sample from the last of them: 0 for a chunk that does not reach the end, n before the samples fork, else 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The device does, in this order: swap_out, swap_in, copies, then the step over `scheduled`."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    swap_out: tuple[BlockCopy, ...]
+    """Device block -> host block. Its source may be reused by anything later in this step."""
+    swap_in: tuple[BlockCopy, ...]
+    """Host block -> device block. Never together with swap_out."""
+    copies: tuple[BlockCopy, ...]
+    """Copy-on-write; no target is another's source."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.scheduled or self.swap_out or self.swap_in or self.copies)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of the token that stands there, and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), most likely first."""
+
+
+class SequenceOutput(NamedTuple):
+    """What one ScheduledSequence gave."""
+
+    token_ids: tuple[int, ...]
+    """num_samples sampled tokens."""
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per sampled token where the request asked for logprobs, else empty."""
+    prompt_logprobs: tuple[tuple[int, TokenLogprobs], ...]
+    """(position of the prompt token, its entry) where asked for, else empty."""
+    is_finite: bool
+    """Whether every logit row of it was free of NaN and had a finite maximum."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOutput:
+    outputs: tuple[SequenceOutput, ...]
+    """In the order of SchedulerOutput.scheduled."""

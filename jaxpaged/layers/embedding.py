@@ -1,0 +1,29 @@
+"""The token embedding, which is also the output head where a model ties the two."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+class Embedding(nnx.Module):
+    """A table [vocab, model_dim] that is read by row, and by `logits` as a head."""
+
+    def __init__(self, vocab_size: int, model_dim: int, *, dtype: DTypeLike) -> None:
+        self.table = nnx.Param(jnp.zeros((vocab_size, model_dim), dtype))
+
+    def __call__(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
+        """Return the rows of the tokens; an id out of range reads the nearest row (ids are checked at the door)."""
+        return self.table[...].at[token_ids].get(mode="clip")
+
+    def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float[Array, "rows vocab"]:
+        """Return `hidden @ table.T` in float32.
+
+        Written as (table @ hidden.T).T: with the table on the left no backend has to transpose it, and XLA's CPU
+        dot is as fast as with a second, transposed copy of the table (README, decision 1), which is not kept.
+        """
+        by_entry = jax.lax.dot_general(
+            self.table[...], hidden, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return by_entry.T

@@ -1,0 +1,332 @@
+"""LLM: the offline door. Load a model, give it prompts, get texts."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from converters.huggingface import load_huggingface, open_checkpoint
+from jaxpaged.config import GIB, OPTIONS, EngineConfig
+from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.outputs import RequestOutput
+from jaxpaged.engine.stats import EngineStats
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.models import checkpoint
+from jaxpaged.models.config import GenerationDefaults, ModelConfig
+from jaxpaged.models.parameters import parameter_specs
+from jaxpaged.models.registry import build_abstract
+from jaxpaged.runner.model_runner import memory_plan, resolve_shapes
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
+
+DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
+MAX_PROMPTS = 1_000_000
+"""Most prompts of one call."""
+Prompt = str | Mapping[str, Any] | Sequence[int]
+"""Text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} with an optional "cache_salt"."""
+ALIASES = {"gpu_memory_utilization": "device_memory_fraction"}
+REMEDIES = {
+    "trust_remote_code": "no remote code is ever run: convert the model with a port of its architecture",
+    "enforce_eager": "every step is compiled; leave it out",
+    "quantization": "not supported; choose dtype",
+    "pipeline_parallel_size": "not supported; leave it out",
+    "kv_cache_dtype": "the cache has the model's dtype; choose dtype",
+    "max_num_partial_prefills": "use max_num_batched_tokens",
+    "logits_processors": "not supported yet; use logit_bias, allowed_token_ids or bad_words",
+}
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The folder of a model: a path, or "demo" for the one in the package. Raises ValueError; asks no network."""
+    if str(model) == "demo":
+        return DEMO_FOLDER
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"model={str(model)!r} is not a folder: give the path of a Hugging Face or native model folder, or 'demo' "
+            "(nothing is downloaded)"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {str(folder)!r} has no config.json: it is not a Hugging Face or native folder")
+    return folder
+
+
+def engine_config_from(options: Mapping[str, Any]) -> EngineConfig:
+    """An EngineConfig from keyword options, vLLM's names included; any other name is refused with what to use."""
+    known = {option.name for option in OPTIONS}
+    resolved: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "swap_space":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+                raise ValueError(f"swap_space={value!r} is not allowed: it must be a number of GiB")
+            name, value = "host_memory_bytes", int(value * GIB)
+        name = ALIASES.get(name, name)
+        if name == "trust_remote_code" and value is False or name == "logits_processors" and value is None:
+            continue
+        if name not in known:
+            remedy = REMEDIES.get(name, f"choose among {', '.join(sorted(known))}")
+            raise ValueError(f"{name}={value!r} is not accepted: {remedy}")
+        if name in resolved:
+            raise ValueError(f"{name} was given twice, under two names")
+        resolved[name] = value
+    return EngineConfig(**resolved)
+
+
+def keep_compiles() -> None:
+    """Keep every compile on disk, however short, unless the user configured jax's persistent cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxpaged" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class LLM:
+    """A loaded model and the engine that serves it.
+
+    Args:
+        model: A Hugging Face folder (safetensors), a native folder, or "demo".
+        tokenizer: A folder with a tokenizer; the model's own folder if None.
+        show_progress: Bars for loading and warm-up.
+        options: The fields of `EngineConfig`; vLLM's `gpu_memory_utilization` and `swap_space` (GiB) are understood.
+
+    Raises ValueError with the cause and a remedy for anything that cannot be served.
+    """
+
+    def __init__(
+        self, model: str | Path = "demo", *, tokenizer: str | Path | None = None, show_progress: bool = True,
+        **options: Any,
+    ) -> None:
+        config = engine_config_from(options)
+        keep_compiles()
+        folder = resolve_folder(model)
+        started = time.perf_counter()
+        dtype = None if config.dtype == "auto" else config.dtype
+        load = checkpoint.load if checkpoint.is_native(folder) else load_huggingface
+        model_config, module = load(
+            folder, dtype=dtype, max_model_len=config.max_model_len, show_progress=show_progress
+        )
+        jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
+        self.load_s = time.perf_counter() - started
+        self.warm_up_s = self.last_warm_up_s = 0.0
+        self._show_progress = show_progress
+        self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
+        text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
+        self.engine = _make_engine(module, model_config, config, text)
+
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer as a transformers object."""
+        assert self.engine.tokenizer is not None
+        return self.engine.tokenizer.as_transformers()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The checkpoint's generation_config.json as SamplingParams; used where a call brings none."""
+        return SamplingParams(**self._defaults.as_dict())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, in their order.
+
+        Args:
+            prompts: One prompt or a list; see `Prompt`.
+            params: One for all, or one per prompt; None takes the checkpoint's defaults.
+            priority: One number per prompt; lower runs first under scheduling_policy="priority".
+
+        Raises ValueError before anything runs if one prompt or parameter cannot be served.
+        """
+        texts = _as_list(prompts)
+        all_params = self._params_per_prompt(params, len(texts))
+        if priority is not None and len(priority) != len(texts):
+            raise ValueError(f"priority has {len(priority)} entries for {len(texts)} prompts")
+        added: list[str] = []
+        try:
+            for index, (prompt, one) in enumerate(zip(texts, all_params, strict=True)):
+                content, salt = _read_prompt(prompt)
+                try:
+                    added.append(
+                        self.engine.add_request(
+                            content, one, cache_salt=salt, priority=0 if priority is None else priority[index]
+                        )
+                    )
+                except ValueError as error:
+                    place = f"prompt {index}: " if len(texts) > 1 else ""
+                    raise ValueError(f"{place}{error}") from error
+            self.warm_up(added)
+            finished = self._run(added, use_tqdm)
+        finally:
+            self._abandon(added)
+        return [finished[request_id] for request_id in added]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding its output so far after every step that added to it."""
+        (one,) = self._params_per_prompt(params, 1)
+        content, salt = _read_prompt(prompt)
+        request_id = self.engine.add_request(content, one, cache_salt=salt, is_streamed=True)
+        try:
+            self.warm_up([request_id])
+            while self.engine.has_unfinished:
+                yield from self.engine.step()
+        finally:
+            self._abandon([request_id])
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them, through the checkpoint's chat template."""
+        if not messages:
+            raise ValueError("messages is empty: give at least one message")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None
+        prompts = [
+            {"prompt_token_ids": tokenizer.encode_chat(conversation, add_generation_prompt=add_generation_prompt)}
+            for conversation in conversations
+        ]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """Refused until beams live in the engine."""
+        raise ValueError("beam_search is not supported yet: use SamplingParams(n=...) for several samples of a prompt")
+
+    def warm_up(self, request_ids: Iterable[str] | None = None) -> None:
+        """Compile the buckets that these requests can reach (every bucket if None), with a progress bar."""
+        started = time.perf_counter()
+        engine = self.engine
+        buckets = engine.buckets_for(request_ids)
+        cold = engine.runner.cold_buckets(buckets)
+        with tqdm(
+            total=len(cold), desc="Warming up", unit="bucket", disable=not (self._show_progress and cold), leave=False
+        ) as bar:
+            engine.warm_up(cold, lambda bucket, seconds: bar.update() and None)
+        if engine.can_run_out_of_blocks(request_ids):
+            engine.warm_up_preemption()
+        self.last_warm_up_s = time.perf_counter() - started
+        self.warm_up_s += self.last_warm_up_s
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters and gauges by Prometheus-like names."""
+        stats = self.engine.stats()
+        return {f"jaxpaged:{name}": float(value) for name, value in dataclasses.asdict(stats).items()}
+
+    def stats(self) -> EngineStats:
+        """Blocks, sharing, preemption, compiles."""
+        return self.engine.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix; False, and nothing done, while requests run."""
+        return self.engine.reset_prefix_cache()
+
+    def _params_per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        many = [params] * count if isinstance(params, (SamplingParams, BeamSearchParams)) else list(params)
+        if len(many) != count:
+            raise ValueError(f"params has {len(many)} entries for {count} prompts: give one for all, or one per prompt")
+        for one in many:
+            if isinstance(one, BeamSearchParams):
+                raise ValueError("BeamSearchParams are not supported yet: use SamplingParams(n=...)")
+            if not isinstance(one, SamplingParams):
+                raise ValueError(f"params entry {one!r} is not a SamplingParams")
+        return many
+
+    def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        num_tokens = 0
+        started = time.perf_counter()
+        with tqdm(total=len(request_ids), desc="Generating", unit="request", disable=not use_tqdm, leave=False) as bar:
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                        bar.set_postfix_str(
+                            f"{num_tokens / (time.perf_counter() - started):.0f} tok/s", refresh=False
+                        )
+                        bar.update()
+        return finished
+
+    def _abandon(self, request_ids: list[str]) -> None:
+        """After an error or an interrupt: end what is left, so that its blocks come back."""
+        aborted = [request_id for request_id in request_ids if self.engine.abort(request_id)]
+        while aborted and self.engine.has_unfinished:
+            self.engine.step()
+
+
+def _make_engine(
+    module: nnx.Module, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
+) -> Engine:
+    shapes = resolve_shapes(config, model_config, model_config.dtype)
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+    plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
+    return Engine(module, model_config, config, shapes, plan, tokenizer=tokenizer)
+
+
+def plan_for(model: str | Path, **options: Any) -> str:
+    """The memory plan of a model as a table, before anything is loaded."""
+    config = engine_config_from(options)
+    folder = resolve_folder(model)
+    dtype = None if config.dtype == "auto" else config.dtype
+    if checkpoint.is_native(folder):
+        model_config = checkpoint.read_config(folder)
+        if dtype is not None:
+            model_config = checkpoint.config_with_dtype(model_config, dtype)
+    else:
+        with open_checkpoint(folder, dtype) as opened:
+            model_config = opened.config
+    shapes = resolve_shapes(config, model_config, model_config.dtype)
+    itemsize = jnp.dtype(model_config.dtype).itemsize
+    specs = parameter_specs(build_abstract(model_config))
+    weight_bytes = sum(math.prod(spec.shape) * itemsize for spec in specs.values())
+    return memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype).table()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    if many and all(isinstance(item, int) for item in many):
+        return [many]
+    if not many:
+        raise ValueError("prompts is empty: give at least one prompt")
+    if len(many) > MAX_PROMPTS:
+        raise ValueError(f"{len(many)} prompts in one call; at most {MAX_PROMPTS} are allowed")
+    return many
+
+
+def _read_prompt(prompt: Prompt) -> tuple[str | list[int], str]:
+    """The text or the token ids of a prompt, and its cache salt."""
+    if isinstance(prompt, str):
+        return prompt, ""
+    if isinstance(prompt, Mapping):
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise ValueError(f"a prompt has unknown keys {sorted(unknown)}: use prompt or prompt_token_ids, cache_salt")
+        salt = prompt.get("cache_salt") or ""
+        if not isinstance(salt, str):
+            raise ValueError(f"cache_salt={salt!r} is not a string")
+        if prompt.get("prompt_token_ids") is not None:
+            return list(prompt["prompt_token_ids"]), salt
+        if isinstance(prompt.get("prompt"), str):
+            return prompt["prompt"], salt
+        raise ValueError("a prompt mapping needs a text under 'prompt' or ids under 'prompt_token_ids'")
+    if isinstance(prompt, Sequence):
+        return list(prompt), ""
+    raise ValueError(f"a prompt must be a string, token ids or a mapping, not {type(prompt).__name__}")

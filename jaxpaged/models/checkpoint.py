@@ -1,0 +1,189 @@
+"""Our own checkpoint format: a folder with the facts (config.json), the weights by our paths, and copied text files.
+
+`config.json` holds ModelConfig and says `"format": "jaxpaged"`; weights are safetensors, in one file or in shards with
+an index; tokenizer files and generation_config.json stand beside them as they came.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from jaxpaged.models.config import DTYPES, GenerationDefaults, ModelConfig
+from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.parameters import check_names, fill, parameter_arrays, parameter_specs
+from jaxpaged.models.registry import build_abstract
+from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
+
+FORMAT = "jaxpaged"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+COMPANION_FILES = (
+    GENERATION_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files copied along, where they are there. Nothing else is: above all no code."""
+MAX_SHARD_BYTES = 4 * 2**30
+
+NUMPY_DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise ValueError unless `dtype` is None (the checkpoint's own) or one that weights may be kept as."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None for the checkpoint's own")
+
+
+def is_native(folder: Path) -> bool:
+    """Say whether the folder holds our format."""
+    return (folder / CONFIG_FILE).is_file() and read_json(folder / CONFIG_FILE).get("format") == FORMAT
+
+
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """Return what the folder's generation_config.json recommends; all None where there is no such file."""
+    path = folder / GENERATION_FILE
+    return GenerationDefaults.from_generation_config(read_json(path) if path.is_file() else {})
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the facts of a native checkpoint; ValueError naming the file for anything else."""
+    path = folder / CONFIG_FILE
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}: not a native checkpoint: convert it with `python -m converters {folder} TARGET`")
+    if (version := values.pop("format_version", None)) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}")
+    try:
+        return ModelConfig.from_json(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raise ValueError unless a checkpoint may be written to `folder`: it is absent, empty, or ours to overwrite."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is not a folder: choose another target")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder}: exists: choose another target, or pass overwrite")
+    if not is_native(folder) or any(path.is_dir() for path in folder.iterdir()):
+        raise ValueError(f"{folder}: exists and is not a native checkpoint, so it is not overwritten: remove it first")
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    *,
+    companions: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> tuple[str, ...]:
+    """Write a native checkpoint whose parameters come from `read(path)`, and return the names of its weight files.
+
+    Each parameter is drawn once and one is in memory at a time. `folder` appears complete or not at all.
+    """
+    check_target(folder, overwrite=overwrite)
+    dtype = NUMPY_DTYPES[config.dtype]
+    specs = {
+        name: TensorSpec("", dtype, tuple(spec.shape))
+        for name, spec in parameter_specs(build_abstract(config)).items()
+    }
+    needed = sum(spec.num_bytes for spec in specs.values())
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise ValueError(f"{folder}: needs {needed} bytes and the disk has {free} free")
+    with new_folder(folder.absolute()) as partial:
+        files = write_tensors(partial, specs, read, max_shard_bytes=max_shard_bytes)
+        facts = {"format": FORMAT, "format_version": FORMAT_VERSION} | config.as_json()
+        (partial / CONFIG_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        for name, source in (companions or {}).items():
+            shutil.copyfile(source, partial / name)
+    return files
+
+
+def save(
+    folder: Path | str,
+    config: ModelConfig,
+    model: LlamaForCausalLM,
+    *,
+    companions: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model as a native checkpoint; `companions` maps names to files to copy along (tokenizer and so on)."""
+    arrays = parameter_arrays(model)
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(arrays[name])
+
+    write(
+        Path(folder),
+        config,
+        read,
+        companions=companions,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    show_progress: bool = False,
+    put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
+) -> tuple[ModelConfig, LlamaForCausalLM]:
+    """Return the facts and the filled model of a native checkpoint.
+
+    `dtype` None keeps the checkpoint's own. Tensors are read one at a time, each placed by `put(path, array)` (default:
+    on the default device) before the next. Missing, extra and wrong-shape parameters raise ValueError by name before
+    any weight is read.
+    """
+    folder = Path(folder)
+    check_dtype(dtype)
+    config = read_config(folder)
+    if dtype is not None:
+        config = config_with_dtype(config, dtype)
+    model = build_abstract(config, max_model_len=max_model_len)
+    specs = parameter_specs(model)
+    with TensorFolder(folder) as tensors:
+        check_names(tensors.specs, specs, str(folder))
+        for name, spec in specs.items():
+            if tensors.specs[name].shape != tuple(spec.shape):
+                raise ValueError(
+                    f"{folder / tensors.specs[name].file}: parameter {name!r} has shape "
+                    f"{list(tensors.specs[name].shape)}: config.json says {list(spec.shape)}"
+                )
+        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put)
+
+
+def _cast(tensors: TensorFolder, dtype: np.dtype, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+    total = sum(spec.num_bytes for spec in tensors.specs.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
+        for name, spec in tensors.specs.items():
+            yield name, tensors.read(name).astype(dtype, copy=False)
+            bar.update(spec.num_bytes)
+
+
+def config_with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """Return the same facts with the weights kept as `dtype`."""
+    return ModelConfig.from_json(config.as_json() | {"dtype": dtype})

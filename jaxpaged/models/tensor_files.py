@@ -1,0 +1,266 @@
+"""Folders of safetensors files: read one tensor at a time, written one tensor at a time. No pickle, no torch."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxpaged.models.parameters import shown_names
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LARGEST_JSON_BYTES = 64 * 2**20
+
+DTYPE_OF_CODE: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The element types that weights may have, by their code in the files."""
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a file's header says about one tensor."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file; anything else raises ValueError naming the file."""
+    try:
+        if path.stat().st_size > LARGEST_JSON_BYTES:
+            raise ValueError(f"{path}: larger than {LARGEST_JSON_BYTES} bytes, which no such file should be")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+class TensorFolder:
+    """The tensors of a folder: `specs` from the headers at once, the data one tensor at a time by `read`.
+
+    Use it in a `with` statement. Raises ValueError, naming file and tensor, for a folder without safetensors, an index
+    that names files outside the folder or disagrees with the files, a broken header, or an element type that is not a
+    plain float.
+    """
+
+    specs: Mapping[str, TensorSpec]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._handles: dict[str, Any] = {}
+        try:
+            self.specs = self._read_headers()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        return tuple(self._handles)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a copy of the tensor; ValueError, naming it, if its data cannot be read."""
+        spec = self.specs[name]
+        try:
+            return self._handles[spec.file].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.folder / spec.file}: tensor {name!r} cannot be read ({error})") from error
+
+    def _read_headers(self) -> dict[str, TensorSpec]:
+        file_of_name = read_index(self.folder)
+        if file_of_name is None:
+            return self._open(SINGLE_FILE)
+        specs: dict[str, TensorSpec] = {}
+        for file in dict.fromkeys(file_of_name.values()):
+            found = self._open(file)
+            listed = {name for name, its_file in file_of_name.items() if its_file == file}
+            if listed - set(found):
+                raise ValueError(f"{self.folder / file}: missing tensors {shown_names(listed - set(found))}")
+            if set(found) - listed:
+                raise ValueError(
+                    f"{self.folder / file}: holds tensors that {INDEX_FILE} does not place there: "
+                    f"{shown_names(set(found) - listed)}"
+                )
+            specs.update(found)
+        return specs
+
+    def _open(self, file: str) -> dict[str, TensorSpec]:
+        path = self.folder / file
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        self._handles[file] = handle
+        specs = {}
+        for name, view in slices.items():
+            code = view.get_dtype()
+            if code not in DTYPE_OF_CODE:
+                raise ValueError(
+                    f"{path}: tensor {name!r} has element type {code}: only {sorted(DTYPE_OF_CODE)} are read"
+                )
+            specs[name] = TensorSpec(file, DTYPE_OF_CODE[code], tuple(view.get_shape()))
+        return specs
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Return the file of each tensor, or None if the folder has one unsharded file. Names are checked, not opened."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder")
+    if not (folder / INDEX_FILE).exists():
+        if (folder / SINGLE_FILE).exists():
+            return None
+        names = {path.name for path in folder.iterdir()}
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        others = [name for name in names if name.endswith(".safetensors")]
+        if others:
+            raise ValueError(f"{folder}: has {shown_names(others)} but no {SINGLE_FILE} and no {INDEX_FILE}")
+        if pickles:
+            raise ValueError(
+                f"{folder / min(pickles)}: pickle files can run code and are never read; save the model as safetensors"
+            )
+        raise ValueError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
+            raise ValueError(f"{path}: tensor {name!r} is placed in {file!r}: only files of the folder itself are read")
+        if "\0" in file or not (folder / file).is_file():
+            raise ValueError(f"{path}: tensor {name!r} is placed in {file!r}, which is not in the folder")
+    return weight_map
+
+
+def shard_names(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, str]:
+    """Return the file of each tensor, in order, each file up to `max_shard_bytes` (a larger tensor stands alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.num_bytes
+    if len(shards) == 1:
+        return dict.fromkeys(shards[0], SINGLE_FILE)
+    return {
+        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
+
+
+def write_tensors(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    *,
+    max_shard_bytes: int,
+) -> tuple[str, ...]:
+    """Write the tensors into `folder`, drawing each from `read` once, and return the names of the files.
+
+    Headers are known from `specs`, so that no more than one tensor is in memory. An array that is not as its spec says
+    raises ValueError. The `file` of a spec is not read.
+    """
+    file_of_name = shard_names(specs, max_shard_bytes)
+    files = tuple(dict.fromkeys(file_of_name.values()))
+    for file in files:
+        names = [name for name in specs if file_of_name[name] == file]
+        with (folder / file).open("wb") as stream:
+            stream.write(_header({name: specs[name] for name in names}))
+            for name in names:
+                array, spec = read(name), specs[name]
+                if array.shape != spec.shape or array.dtype != spec.dtype:
+                    raise ValueError(
+                        f"{file}: tensor {name!r} is {array.dtype}{list(array.shape)}, announced as "
+                        f"{spec.dtype}{list(spec.shape)}"
+                    )
+                # the bytes, seen as integers: bfloat16 has no buffer protocol
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    if len(files) > 1:
+        total = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": file_of_name}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+    return files
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """Return the length-prefixed header of a safetensors file that holds the tensors in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "jaxpaged"}}
+    offset = 0
+    for name, spec in specs.items():
+        entries[name] = {
+            "dtype": CODE_OF_DTYPE[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to write into; it becomes `target` if the block ends well, else it is removed.
+
+    An existing `target` is replaced at that moment and not before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:12]
+    partial = target.parent / f".{target.name}.partial-{token}"
+    replaced = target.parent / f".{target.name}.replaced-{token}"
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        remove_folder(replaced)
+    finally:
+        remove_folder(partial)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of plain files, if it is there."""
+    if folder.exists():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

@@ -1,0 +1,405 @@
+"""What one step reads: built in numpy from a plan, sent to the device as one array, unpacked inside the step.
+
+Every field of a bucket has a fixed place in one int32 vector (`PackedLayout`); float fields travel as their bits.
+Facts of a sequence that do not change from step to step (sampling columns, block table) are kept in rows of numpy
+tables (`RowTables`), so that a step gathers rows instead of visiting every sequence's parameters again.
+"""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from jaxpaged.core.request import Sequence
+from jaxpaged.core.scheduler_output import ScheduledSequence
+from jaxpaged.runner.buckets import Bucket
+from jaxpaged.runner.sampler import SamplingBatch
+from pallas_kernels import AttentionMetadata
+
+INT_COLUMNS = ("seed_low", "seed_high", "sample_index", "prompt_len", "top_k")
+FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+FLAGS = (
+    "any_random",
+    "any_truncation",
+    "any_penalty",
+    "any_bias",
+    "any_allowed",
+    "any_bad_words",
+    "any_ban",
+    "any_logprobs",
+)
+ROW_FLAGS = 6  # the first six follow from a row's parameters alone
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How queries are cut for the attention kernel."""
+
+    tile_size: int
+    """Most query tokens in a tile of a chunk."""
+    key_chunk_tokens: int
+    """Keys read per turn of the kernel's inner loop."""
+    has_decode_tiles: bool
+    """False sends decodes through chunk tiles too, so that every query meets the same shapes (batch-invariant)."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where each field of one bucket lies in the packed vector."""
+
+    bucket: Bucket
+    blocks_per_seq: int
+    attending: Attending
+
+    @property
+    def num_tile_slots(self) -> int:
+        """Tiles that the bucket's tokens can be cut into at most."""
+        bucket = self.bucket
+        return bucket.num_tokens // self.attending.tile_size + bucket.num_seqs
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """Name -> (start, length)."""
+        tokens, rows, seqs = self.bucket.num_tokens, self.bucket.num_logits, self.bucket.num_seqs
+        lengths = {
+            "token_ids": tokens,
+            "token_seqs": tokens,
+            "positions": tokens,
+            "is_on_device": tokens,
+            "context_lens": seqs,
+            "seq_rows": seqs,
+            "query_starts": seqs + 1,
+            "block_tables": seqs * self.blocks_per_seq,
+            "tile_sequences": self.num_tile_slots,
+            "tile_starts": self.num_tile_slots,
+            "tile_lens": self.num_tile_slots,
+            "num_decodes": 1,
+            "num_tiles": 1,
+            "flags": len(FLAGS),
+            "logit_tokens": rows,
+            "rows": rows,
+            "write_rows": rows,
+            "sample_positions": rows,
+            "ban_stops": rows,
+            "target_ids": rows,
+            "has_target": rows,
+            **{name: rows for name in INT_COLUMNS},
+            **{name: rows for name in FLOAT_COLUMNS},
+        }
+        found, start = {}, 0
+        for name, length in lengths.items():
+            found[name] = (start, length)
+            start += length
+        return found
+
+    @property
+    def size(self) -> int:
+        start, length = self.fields[FLOAT_COLUMNS[-1]]
+        return start + length
+
+    def slices(self, packed: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of the fields of a packed int32 vector [size]."""
+        return {name: packed[start : start + length] for name, (start, length) in self.fields.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputBatch:
+    """One step's inputs on the device."""
+
+    token_ids: Int32[Array, "tokens"]
+    positions: Int32[Array, "tokens"]
+    attention: AttentionMetadata
+    logit_tokens: Int32[Array, "rows"]
+    """Which token's hidden state each logit row is made of."""
+    sampling: SamplingBatch
+
+
+class RowTables:
+    """Per-row facts on the host; row N (the last) is a dummy for padding."""
+
+    def __init__(self, num_rows: int, blocks_per_seq: int) -> None:
+        self.num_rows = num_rows
+        self.block_tables = np.zeros((num_rows + 1, blocks_per_seq), np.int32)
+        self.ints = np.zeros((num_rows + 1, len(INT_COLUMNS)), np.int32)
+        self.floats = np.zeros((num_rows + 1, len(FLOAT_COLUMNS)), np.float32)
+        self.floats[:, 1] = 1.0
+        self.floats[:, 5] = 1.0
+        self.flags = np.zeros((num_rows + 1, ROW_FLAGS), np.int32)
+        self.min_tokens = np.zeros(num_rows + 1, np.int32)
+        self.wants_logprobs = np.zeros(num_rows + 1, np.int32)
+        self._has_lists = [False] * (num_rows + 1)
+        """Whether the sampler's device state of a row holds lists, this sequence's or a former one's."""
+        self._owners: list[tuple[Sequence, int] | None] = [None] * (num_rows + 1)
+
+    def is_owned_by(self, row: int, sequence: Sequence) -> bool:
+        owner = self._owners[row]
+        return owner is not None and owner[0] is sequence and owner[1] == sequence.num_preemptions
+
+    def claim(self, row: int, sequence: Sequence) -> bool:
+        """Fill a row afresh for a sequence; True if the sampler's device state of the row must be loaded too.
+
+        It must where the sampler needs the sequence's tokens or lists, and where a former owner's lists would stay.
+        """
+        self._owners[row] = (sequence, sequence.num_preemptions)
+        request = sequence.request
+        params = request.params
+        seed = np.array([request.seed & 0xFFFFFFFF, (request.seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
+        self.ints[row] = (seed[0], seed[1], sequence.sample_index, request.num_prompt_tokens,
+                          min(params.top_k, 2**31 - 1))
+        self.floats[row] = (params.temperature, params.top_p, params.min_p, params.presence_penalty,
+                            params.frequency_penalty, params.repetition_penalty)
+        is_random = params.temperature > 0
+        flags = (
+            is_random,
+            is_random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
+            params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1,
+            bool(params.logit_bias),
+            params.allowed_token_ids is not None,
+            bool(request.bad_words_token_ids),
+        )
+        self.flags[row] = flags
+        self.min_tokens[row] = params.min_tokens if request.stop_token_ids else 0
+        self.wants_logprobs[row] = params.logprobs is not None
+        self.block_tables[row] = 0
+        table = sequence.block_ids
+        self.block_tables[row, : len(table)] = table
+        has_lists = any(flags[2:]) or bool(self.min_tokens[row])
+        must_load = has_lists or self._has_lists[row]
+        self._has_lists[row] = has_lists
+        return must_load
+
+
+@dataclass(frozen=True)
+class BuiltBatch:
+    """A packed step and how its logit rows map back to the plan."""
+
+    packed: np.ndarray
+    layout: PackedLayout
+    spans: tuple[tuple[int, int, int], ...]
+    """Per scheduled sequence, in plan order: (first logit row, prompt-logprob rows, sampled rows)."""
+    has_logprobs: bool
+
+
+def num_prompt_logprob_rows(item: ScheduledSequence) -> int:
+    """Scheduled prompt positions whose next token is a prompt token too, if the request asks for their logprobs."""
+    request = item.sequence.request
+    if request.params.prompt_logprobs is None:
+        return 0
+    return max(min(item.start + item.num_new_tokens, request.num_prompt_tokens - 1) - item.start, 0)
+
+
+def build(
+    scheduled: List[ScheduledSequence], tables: RowTables, layout: PackedLayout, block_size: int
+) -> BuiltBatch:
+    """Fill the packed vector of a bucket from a plan. Rows must have been claimed; nothing here touches a device."""
+    packed = np.zeros(layout.size, np.int32)
+    fields = layout.slices(packed)
+    dummy = tables.num_rows
+    has_decode_tiles = layout.attending.has_decode_tiles
+    order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_new_tokens > 1)
+    block_tables = tables.block_tables
+    token_ids, is_on_device = fields["token_ids"], fields["is_on_device"]
+
+    seq_rows: list[int] = []
+    starts: list[int] = []
+    counts: list[int] = []
+    singles: list[int] = []  # token ids of the query-length-1 sequences, in order
+    pending: list[int] = []  # their packed tokens whose id only the device knows
+    cursor = 0
+    for i in order:
+        sequence, start, count, _ = scheduled[i]
+        row = sequence.row
+        assert row is not None
+        seq_rows.append(row)
+        starts.append(start)
+        counts.append(count)
+        first = start // block_size
+        ids = sequence.block_ids
+        last = (start + count - 1) // block_size
+        if first == last:
+            block_tables[row, first] = ids[first]
+        else:
+            block_tables[row, first : last + 1] = ids[first : last + 1]
+        known = sequence.token_ids
+        if count == 1:
+            if start < len(known):
+                singles.append(known[start])
+            else:
+                singles.append(0)
+                pending.append(cursor)
+        else:
+            token_ids[cursor : cursor + count] = known[start : start + count]
+        cursor += count
+
+    num_seqs = len(order)
+    num_singles = len(singles)
+    start_array = np.array(starts, np.int32)
+    count_array = np.array(counts, np.int32)
+    row_array = np.array(seq_rows, np.int32)
+    token_ids[:num_singles] = singles
+    is_on_device[pending] = 1
+    query_starts = fields["query_starts"]
+    np.cumsum(count_array, out=query_starts[1 : num_seqs + 1])
+    query_starts[num_seqs + 1 :] = cursor
+    seq_index = np.repeat(np.arange(num_seqs, dtype=np.int32), count_array)
+    fields["token_seqs"][:cursor] = seq_index
+    fields["positions"][:cursor] = (
+        np.arange(cursor, dtype=np.int32) - query_starts[:num_seqs][seq_index] + start_array[seq_index]
+    )
+    # a padding token belongs to no sequence: its slot is cut to the null block on the device
+    fields["token_seqs"][cursor:] = layout.bucket.num_seqs
+    fields["context_lens"][:num_seqs] = start_array + count_array
+    fields["seq_rows"][:] = dummy
+    fields["seq_rows"][:num_seqs] = row_array
+    fields["block_tables"].reshape(-1, layout.blocks_per_seq)[:num_seqs] = block_tables[row_array]
+
+    num_decodes = num_singles if has_decode_tiles else 0
+    fields["num_decodes"][0] = num_decodes
+    _cut_tiles(fields, query_starts, counts, num_decodes, layout.attending.tile_size)
+    spans, has_logprobs = _fill_logit_rows(fields, scheduled, order, query_starts, tables)
+    return BuiltBatch(packed, layout, spans, has_logprobs)
+
+
+def _cut_tiles(
+    fields: dict[str, np.ndarray], query_starts: np.ndarray, counts: list[int], num_decodes: int, tile_size: int
+) -> None:
+    tiles = [
+        (i, int(query_starts[i]) + offset, min(tile_size, counts[i] - offset))
+        for i in range(num_decodes, len(counts))
+        for offset in range(0, counts[i], tile_size)
+    ]
+    fields["num_tiles"][0] = len(tiles)
+    if tiles:
+        columns = np.array(tiles, np.int32)
+        for column, name in enumerate(("tile_sequences", "tile_starts", "tile_lens")):
+            fields[name][: len(tiles)] = columns[:, column]
+
+
+def _fill_logit_rows(
+    fields: dict[str, np.ndarray],
+    scheduled: List[ScheduledSequence],
+    order: list[int],
+    query_starts: np.ndarray,
+    tables: RowTables,
+) -> tuple[tuple[tuple[int, int, int], ...], bool]:
+    dummy = tables.num_rows
+    tokens: list[int] = []
+    rows: list[int] = []
+    write_rows: list[int] = []
+    positions: list[int] = []
+    forks: list[tuple[int, int]] = []  # (logit row, sample index) of samples that have no row of their own yet
+    targets: list[tuple[int, int]] = []  # (logit row, token id)
+    spans: list[tuple[int, int, int]] = [(0, 0, 0)] * len(scheduled)
+    ends = query_starts[1 : len(order) + 1].tolist()
+    for place, i in enumerate(order):
+        item = scheduled[i]
+        sequence, start, count, num_samples = item
+        row = sequence.row
+        assert row is not None
+        prompt_rows = num_prompt_logprob_rows(item)
+        spans[i] = (len(tokens), prompt_rows, num_samples)
+        first_token = ends[place] - count
+        for k in range(prompt_rows):
+            targets.append((len(tokens), sequence.request.prompt_token_ids[start + k + 1]))
+            tokens.append(first_token + k)
+            rows.append(dummy)
+            write_rows.append(dummy)
+            positions.append(start + k + 1)
+        if num_samples:
+            is_fork = num_samples > 1
+            for k in range(num_samples):
+                if is_fork:
+                    forks.append((len(tokens), k))
+                tokens.append(ends[place] - 1)
+                rows.append(row)
+                write_rows.append(row if k == 0 else dummy)
+                positions.append(start + count)
+    num_rows = len(tokens)
+    row_array = np.array(rows, np.int32)
+    fields["logit_tokens"][:num_rows] = tokens
+    for name in ("rows", "write_rows"):
+        fields[name][:] = dummy
+    fields["rows"][:num_rows] = row_array
+    fields["write_rows"][:num_rows] = write_rows
+    fields["sample_positions"][:num_rows] = positions
+    # every row beyond num_rows takes the dummy row's neutral columns
+    all_rows = fields["rows"]
+    ints, floats = tables.ints[all_rows], tables.floats[all_rows]
+    for column, name in enumerate(INT_COLUMNS):
+        fields[name][:] = ints[:, column]
+    for column, name in enumerate(FLOAT_COLUMNS):
+        fields[name][:] = floats[:, column].view(np.int32)
+    for logit_row, sample_index in forks:
+        fields["sample_index"][logit_row] = sample_index
+    for logit_row, target in targets:
+        fields["target_ids"][logit_row] = target
+        fields["has_target"][logit_row] = 1
+    bans = (fields["sample_positions"][:num_rows] - fields["prompt_len"][:num_rows]) < tables.min_tokens[row_array]
+    fields["ban_stops"][:num_rows] = bans
+    flags = fields["flags"]
+    has_logprobs = bool(targets) or bool(num_rows and tables.wants_logprobs[row_array].any())
+    if num_rows:
+        flags[:ROW_FLAGS] = tables.flags[row_array].any(axis=0)
+        flags[6] = bans.any()
+        flags[7] = has_logprobs
+    return tuple(spans), has_logprobs
+
+
+def unpack(
+    packed: Int32[Array, "size"], history: Int32[Array, "state_rows max_len"], layout: PackedLayout, block_size: int
+) -> InputBatch:
+    """The fields of a packed vector, inside the jitted step; ids sampled by the step before come from `history`."""
+    field = {name: jax.lax.slice(packed, (start,), (start + length,)) for name, (start, length) in layout.fields.items()}
+
+    def as_float(name: str) -> Array:
+        return jax.lax.bitcast_convert_type(field[name], jnp.float32)
+
+    bucket = layout.bucket
+    positions, token_seqs = field["positions"], field["token_seqs"]
+    is_padding = token_seqs >= bucket.num_seqs
+    seqs = jnp.where(is_padding, 0, token_seqs)
+    block_tables = field["block_tables"].reshape(bucket.num_seqs, layout.blocks_per_seq)
+    blocks = block_tables[seqs, positions // block_size]
+    slot_mapping = jnp.where(is_padding, 0, blocks * block_size + positions % block_size)
+    sampled = history[field["seq_rows"][seqs], positions]
+    token_ids = jnp.where(field["is_on_device"] != 0, sampled, field["token_ids"])
+    attention = AttentionMetadata(
+        block_tables=block_tables,
+        context_lens=field["context_lens"],
+        query_starts=field["query_starts"],
+        slot_mapping=slot_mapping,
+        num_decodes=field["num_decodes"][0],
+        tile_sequences=field["tile_sequences"],
+        tile_starts=field["tile_starts"],
+        tile_lens=field["tile_lens"],
+        num_tiles=field["num_tiles"][0],
+        tile_size=layout.attending.tile_size,
+        key_chunk_tokens=layout.attending.key_chunk_tokens,
+    )
+    flags = {name: field["flags"][i] != 0 for i, name in enumerate(FLAGS)}
+    seeds = jax.lax.bitcast_convert_type(jnp.stack([field["seed_low"], field["seed_high"]], axis=1), jnp.uint32)
+    sampling = SamplingBatch(
+        rows=field["rows"],
+        seeds=seeds,
+        sample_index=field["sample_index"],
+        position=field["sample_positions"],
+        prompt_lens=field["prompt_len"],
+        write_rows=field["write_rows"],
+        temperature=as_float("temperature"),
+        top_p=as_float("top_p"),
+        min_p=as_float("min_p"),
+        presence=as_float("presence_penalty"),
+        frequency=as_float("frequency_penalty"),
+        repetition=as_float("repetition_penalty"),
+        top_k=field["top_k"],
+        ban_stops=field["ban_stops"] != 0,
+        target_ids=field["target_ids"],
+        has_target=field["has_target"] != 0,
+        **flags,
+    )
+    return InputBatch(token_ids, positions, attention, field["logit_tokens"], sampling)

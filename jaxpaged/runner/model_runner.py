@@ -1,0 +1,368 @@
+"""Carries a plan out on the device: swaps, copies, then one jitted step of model and sampler."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.core.request import Request, Sequence
+from jaxpaged.core.scheduler_output import (
+    RunnerOutput,
+    ScheduledSequence,
+    SchedulerOutput,
+    SequenceOutput,
+    TokenLogprobs,
+)
+from jaxpaged.models.config import ModelConfig
+from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
+from jaxpaged.runner.input_batch import Attending, BuiltBatch, PackedLayout, RowTables, build, unpack
+from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
+from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row, sample, state_bytes
+from jaxpaged.runner.swap import BlockMover
+from jaxpaged.sampling_params import SamplingParams
+from pallas_kernels import KVLayout, paged_attention
+
+TILE_SIZE = 32
+"""Query tokens in a chunk tile."""
+KEY_CHUNK_TOKENS = 256
+"""Keys per turn of the attention's inner loop."""
+INVARIANT_TILE_SIZE = 8
+"""The same in batch-invariant mode, where a decode pays for a whole tile."""
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """What a dispatched step leaves on the device: small arrays on their way to the host."""
+
+    tokens_and_finite: jax.Array
+    """int32 [2, rows]: sampled ids, and 1 where the logit row was finite."""
+    logprobs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    """Log-probability and rank of each row's token [rows], ids and log-probabilities of the likeliest [rows, k]."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step that has not been read."""
+
+    plan: SchedulerOutput
+    batch: BuiltBatch | None
+    arrays: StepArrays | None
+
+    def read(self) -> RunnerOutput:
+        """Wait for the step and bring its samples to the host, in the order of the plan."""
+        if self.batch is None or self.arrays is None:
+            return RunnerOutput(())
+        tokens, finite = np.asarray(self.arrays.tokens_and_finite)
+        token_list, finite_list = tokens.tolist(), finite.tolist()
+        logprobs = _LogprobReader(self.arrays) if self.batch.has_logprobs else None
+        outputs = []
+        for item, (first, prompt_rows, num_samples) in zip(self.plan.scheduled, self.batch.spans, strict=True):
+            begin = first + prompt_rows
+            end = begin + num_samples
+            params = item.sequence.request.params
+            prompt_entries: tuple[tuple[int, TokenLogprobs], ...] = ()
+            entries: tuple[TokenLogprobs, ...] = ()
+            if logprobs is not None:
+                if prompt_rows:
+                    prompt_ids = item.sequence.request.prompt_token_ids
+                    prompt_entries = tuple(
+                        (
+                            item.start + k + 1,
+                            logprobs.entry(first + k, prompt_ids[item.start + k + 1], params.prompt_logprobs or 0),
+                        )
+                        for k in range(prompt_rows)
+                    )
+                if params.logprobs is not None:
+                    entries = tuple(logprobs.entry(row, token_list[row], params.logprobs) for row in range(begin, end))
+            outputs.append(
+                SequenceOutput(
+                    tuple(token_list[begin:end]), entries, prompt_entries, all(finite_list[first:end])
+                )
+            )
+        return RunnerOutput(tuple(outputs))
+
+
+class _LogprobReader:
+    def __init__(self, arrays: StepArrays) -> None:
+        self._logprob, self._rank, self._top_ids, self._top = (np.asarray(a).tolist() for a in arrays.logprobs)
+
+    def entry(self, row: int, token_id: int, num_top: int) -> TokenLogprobs:
+        top = tuple(zip(self._top_ids[row][:num_top], self._top[row][:num_top], strict=True))
+        return TokenLogprobs(token_id, self._logprob[row], self._rank[row], top)
+
+
+@dataclass(frozen=True)
+class RunnerShapes:
+    """Everything about shapes that follows from the configs, before any weight is loaded."""
+
+    buckets: Buckets
+    attending: Attending
+    layout: KVLayout
+    max_model_len: int
+    blocks_per_seq: int
+    num_rows: int
+
+
+def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype: str) -> RunnerShapes:
+    """Buckets, KV layout and lengths for a model under these choices. Raises ValueError on contradictions."""
+    max_model_len = engine_config.max_model_len or model_config.max_position_embeddings
+    if max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} is above the model's {model_config.max_position_embeddings} positions: "
+            "lower it"
+        )
+    if not engine_config.enable_chunked_prefill and engine_config.max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"enable_chunked_prefill=False needs max_num_batched_tokens ({engine_config.max_num_batched_tokens}) of at "
+            f"least max_model_len ({max_model_len})"
+        )
+    is_invariant = engine_config.batch_invariant
+    slow_single_rows = jax.default_backend() == "cpu" and dtype != "float32"
+    return RunnerShapes(
+        buckets=make_buckets(
+            max_num_batched_tokens=engine_config.max_num_batched_tokens,
+            max_num_seqs=engine_config.max_num_seqs,
+            min_num_tokens=2 if slow_single_rows else 1,
+            is_single=is_invariant,
+        ),
+        attending=Attending(
+            tile_size=INVARIANT_TILE_SIZE if is_invariant else TILE_SIZE,
+            key_chunk_tokens=KEY_CHUNK_TOKENS,
+            has_decode_tiles=not is_invariant,
+        ),
+        layout=KVLayout(
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            block_size=engine_config.block_size,
+            dtype=dtype,
+            implementation=engine_config.attention_implementation,
+        ),
+        max_model_len=max_model_len,
+        blocks_per_seq=-(-max_model_len // engine_config.block_size),
+        num_rows=engine_config.max_num_seqs,
+    )
+
+
+def memory_plan(
+    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, *, weight_bytes: int, dtype: str
+) -> MemoryPlan:
+    """The memory plan of a model, before or after its weights are loaded."""
+    largest = shapes.buckets.all[-1]
+    return plan_memory(
+        engine_config,
+        model_config,
+        device=jax.devices()[0],
+        weight_bytes=weight_bytes,
+        layer_block_bytes=shapes.layout.block_bytes,
+        sampler_bytes=state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size),
+        itemsize=jnp.dtype(dtype).itemsize,
+        max_model_len=shapes.max_model_len,
+        num_tokens=largest.num_tokens,
+        num_logits=largest.num_logits,
+    )
+
+
+class ModelRunner:
+    """Owns the weights' leaves, the KV cache and the sampler's state on the device; one thread may use it.
+
+    Args:
+        model: An NNX module of `models/`; its leaves are taken once, its graph definition stays in the step's closure.
+        plan: The number of blocks to allocate on device and host.
+    """
+
+    def __init__(
+        self, model: nnx.Module, model_config: ModelConfig, engine_config: EngineConfig, shapes: RunnerShapes,
+        plan: MemoryPlan,
+    ) -> None:
+        self.shapes = shapes
+        self.num_recovered_swaps = 0
+        self._vocab_size = model_config.vocab_size
+        self._num_layers = model_config.num_layers
+        self._num_blocks = plan.num_device_blocks
+        self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
+        self._block_size = engine_config.block_size
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        self._leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self._attention = partial(paged_attention, implementation=engine_config.attention_implementation)
+        self._kv: Any = self._init_kv()
+        self._state: SamplerState = init_state(shapes.num_rows, shapes.max_model_len, model_config.vocab_size)
+        self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
+        self._mover = BlockMover(self._kv, plan.num_host_blocks)
+        self._load_row = jax.jit(load_row, donate_argnums=0)
+        self._step = jax.jit(
+            partial(_step, graph, tree, self._attention, self._block_size, self._max_logprobs),
+            static_argnums=4,
+            donate_argnums=(1, 2),
+        )
+        self._layouts = {
+            bucket: PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending) for bucket in shapes.buckets.all
+        }
+        self._warm: set[Bucket] = set()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self._leaves)
+
+    def _init_kv(self) -> Any:
+        return tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
+
+    def reset(self) -> None:
+        """Start from an empty cache and state, after a step failed and took the donated arrays with it."""
+        self._kv = self._init_kv()
+        self._state = init_state(self.shapes.num_rows, self.shapes.max_model_len, self._vocab_size)
+        self._tables = RowTables(self.shapes.num_rows, self.shapes.blocks_per_seq)
+
+    def swap(self, plan: SchedulerOutput) -> None:
+        """Carry out the plan's swaps. Raises `SwapError` with the cache as it was."""
+        if plan.swap_out:
+            self._mover.swap_out(self._kv, plan.swap_out)
+        if plan.swap_in:
+            self._kv = self._mover.swap_in(self._kv, plan.swap_in)
+
+    def build(self, plan: SchedulerOutput) -> BuiltBatch | None:
+        """The step's inputs as numpy; host work only, apart from the rows of sequences that the sampler meets anew."""
+        if not plan.scheduled:
+            return None
+        num_tokens = num_logits = 0
+        for item in plan.scheduled:
+            sequence = item.sequence
+            row = sequence.row
+            assert row is not None
+            if not self._tables.is_owned_by(row, sequence):
+                self._claim(row, sequence)
+            num_tokens += item.num_new_tokens
+            num_logits += item.num_samples
+            if sequence.request.params.prompt_logprobs is not None:
+                num_logits += max(
+                    min(item.start + item.num_new_tokens, sequence.request.num_prompt_tokens - 1) - item.start, 0
+                )
+        bucket = self.shapes.buckets.pick(num_tokens, num_logits, len(plan.scheduled))
+        return build(plan.scheduled, self._tables, self._layouts[bucket], self._block_size)
+
+    def dispatch(self, plan: SchedulerOutput, batch: BuiltBatch | None) -> InFlight:
+        """Start the plan's copies and its step; returns before the device is done."""
+        if plan.copies:
+            self._kv = self._mover.copy(self._kv, plan.copies)
+        if batch is None:
+            return InFlight(plan, None, None)
+        arrays = self._run(batch.packed, batch.layout)
+        arrays.tokens_and_finite.copy_to_host_async()
+        if batch.has_logprobs:
+            for array in arrays.logprobs:
+                array.copy_to_host_async()
+        self._warm.add(batch.layout.bucket)
+        return InFlight(plan, batch, arrays)
+
+    def _run(self, packed: np.ndarray, layout: PackedLayout) -> StepArrays:
+        self._kv, self._state, tokens_and_finite, logprobs = self._step(
+            self._leaves, self._kv, self._state, packed, layout
+        )
+        return StepArrays(tokens_and_finite, logprobs)
+
+    def _claim(self, row: int, sequence: Sequence) -> None:
+        if self._tables.claim(row, sequence):
+            request = sequence.request
+            packed = pack_row(
+                row=row,
+                token_ids=sequence.token_ids,
+                params=request.params,
+                stop_token_ids=request.stop_token_ids,
+                bad_words_token_ids=request.bad_words_token_ids,
+                vocab_size=self._vocab_size,
+                max_model_len=self.shapes.max_model_len,
+            )
+            self._state = self._load_row(self._state, packed)
+
+    def cold_buckets(self, buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
+        """Those that have not run yet."""
+        return tuple(bucket for bucket in buckets if bucket not in self._warm)
+
+    def warm_up(self, bucket: Bucket) -> float:
+        """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds."""
+        started = time.perf_counter()
+        batch = self._dummy_batch(bucket)
+        in_flight = self.dispatch(SchedulerOutput((), (), (), ()), batch)
+        assert in_flight.arrays is not None
+        jax.block_until_ready(in_flight.arrays.tokens_and_finite)
+        return time.perf_counter() - started
+
+    def warm_up_swaps(self) -> None:
+        """Compile the block copies and the row loader."""
+        self._kv = self._mover.warm_up(self._kv)
+        self.warm_up_copies()
+
+    def warm_up_copies(self) -> None:
+        """Compile what requests with penalties, lists or samples need besides the step."""
+        packed = pack_row(
+            row=self.shapes.num_rows,
+            token_ids=[0],
+            params=SamplingParams(),
+            stop_token_ids=frozenset(),
+            bad_words_token_ids=(),
+            vocab_size=self._vocab_size,
+            max_model_len=self.shapes.max_model_len,
+        )
+        self._state = self._load_row(self._state, packed)
+
+    def _dummy_batch(self, bucket: Bucket) -> BuiltBatch:
+        """A step of the bucket's size whose sequences have null tables: an ordinary case, like padding."""
+        layout = self._layouts[bucket]
+        num_seqs = max(min(bucket.num_seqs, bucket.num_tokens, bucket.num_logits), 1)
+        tables = RowTables(self.shapes.num_rows, self.shapes.blocks_per_seq)
+        lengths = [1] * num_seqs
+        lengths[-1] += min(bucket.num_tokens - num_seqs, self.shapes.max_model_len - 1)
+        scheduled = []
+        for length in lengths:
+            request = Request(
+                request_id="", prompt_token_ids=(0,) * length, params=SamplingParams(temperature=0), max_tokens=1
+            )
+            sequence = Sequence(0, request, 0, [0] * length)
+            sequence.block_ids = [0] * self.shapes.blocks_per_seq
+            sequence.row = tables.num_rows
+            tables.claim(tables.num_rows, sequence)
+            scheduled.append(ScheduledSequence(sequence, 0, length, 1))
+        return build(scheduled, tables, layout, self._block_size)
+
+    def measure_costs(self) -> tuple[float, float]:
+        """Seconds to copy one block out and in again, and seconds to compute one token of a prompt.
+
+        The step's largest warm bucket and the largest staging size are timed once each, after they were compiled.
+        """
+        warm = sorted(self._warm)
+        bucket = warm[-1] if warm else self.shapes.buckets.all[-1]
+        if not warm:
+            self.warm_up(bucket)
+        seconds_per_token = self.warm_up(bucket) / bucket.num_tokens
+        started = time.perf_counter()
+        self._kv, num_blocks = self._mover.time_copies(self._kv)
+        return (time.perf_counter() - started) / num_blocks, seconds_per_token
+
+
+def _step(
+    graph: Any,
+    tree: Any,
+    attention: Any,
+    block_size: int,
+    max_logprobs: int,
+    leaves: tuple[jax.Array, ...],
+    kv: Any,
+    state: SamplerState,
+    packed: jax.Array,
+    layout: PackedLayout,
+) -> tuple[Any, SamplerState, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """One step as a pure function; `kv` and `state` are donated."""
+    model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    batch = unpack(packed, state.history, layout, block_size)
+    hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention)
+    logits = model.logits(hidden[batch.logit_tokens])
+    output, state = sample(logits, state, batch.sampling, max_logprobs)
+    tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
+    return kv, state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)

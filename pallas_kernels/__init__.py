@@ -1,0 +1,25 @@
+"""Lives here: attention over a paged cache of keys and values, and copies of its blocks; arrays in, arrays out.
+May import: jax, numpy, jaxtyping, and this package.
+Must never come in: jaxpaged, converters, flax; requests, schedulers, models; globals or environment variables.
+Read first: AttentionMetadata.
+"""
+
+from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.paged_attention.api import explain, paged_attention, pick
+from pallas_kernels.paged_attention.implementations import IMPLEMENTATIONS, AttentionCase
+from pallas_kernels.paged_attention.layout import KVLayout
+from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionCase",
+    "AttentionMetadata",
+    "KVLayout",
+    "copy_blocks",
+    "explain",
+    "gather_blocks",
+    "make_metadata",
+    "paged_attention",
+    "pick",
+    "scatter_blocks",
+]

@@ -1,0 +1,226 @@
+"""A runner without a model: it keeps what blocks hold, checks every history that is read, and draws tokens by hash."""
+
+from collections import deque
+from collections.abc import Callable
+
+from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
+from jaxpaged.core.scheduler import Scheduler
+from jaxpaged.core.scheduler_output import RunnerOutput, SchedulerOutput, SequenceOutput, TokenLogprobs
+from jaxpaged.core.step_plan import num_logit_rows
+from jaxpaged.sampling_params import SamplingParams
+
+VOCAB = 50
+
+
+def make_request(request_id: str, prompt: list[int] | tuple[int, ...], *, max_tokens: int = 8, **options) -> Request:
+    """A request whose `n`, `min_tokens`, `prompt_logprobs` go to its sampling parameters, the rest to itself."""
+    params = {name: options.pop(name) for name in ("n", "min_tokens", "prompt_logprobs", "logprobs") if name in options}
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(max_tokens=max_tokens, **params),
+        max_tokens=max_tokens,
+        stop_token_ids=frozenset(options.pop("stop_token_ids", ())),
+        **options,
+    )
+
+
+def prefix_hashes(tokens: list[int]) -> list[int]:
+    """What the slot of each position must hold: a hash of all tokens up to it."""
+    hashes, last = [], 0
+    for token in tokens:
+        last = hash((last, token))
+        hashes.append(last)
+    return hashes
+
+
+def next_token(tokens: list[int], seed: int, sample_index: int) -> int:
+    return hash((prefix_hashes(tokens)[-1], seed, sample_index)) % VOCAB
+
+
+def has_stop_string(outputs: list[int]) -> bool:
+    """Stands for a stop string, found by the engine after the token is known."""
+    return len(outputs) > 1 and (outputs[-1] + outputs[-2]) % 19 == 0
+
+
+def expected_tokens(request: Request, max_model_len: int, nonfinite: set[tuple[str, int]]) -> list[list[int]] | None:
+    """The outputs of every sample, without any scheduler; None where the request ends in an error."""
+    samples = []
+    for sample_index in range(request.params.n):
+        tokens, outputs = list(request.prompt_token_ids), []
+        while True:
+            if (request.request_id, len(outputs)) in nonfinite:
+                return None
+            outputs.append(next_token(tokens, request.seed, sample_index))
+            tokens.append(outputs[-1])
+            if outputs[-1] in request.stop_token_ids and len(outputs) >= request.params.min_tokens:
+                break
+            if len(outputs) >= request.max_tokens or len(tokens) >= max_model_len or has_stop_string(outputs):
+                break
+        samples.append(outputs)
+    return samples
+
+
+class FakeRunner:
+    """Runs plans at once, in the order they come: as the device does."""
+
+    def __init__(self, scheduler: Scheduler, nonfinite: set[tuple[str, int]]) -> None:
+        manager = scheduler.block_manager
+        self.scheduler = scheduler
+        self.nonfinite = nonfinite
+        """(request id, number of outputs so far) at which logits are not finite."""
+        self.block_size = manager.block_size
+        self.device: list[list[int | None]] = [[None] * self.block_size for _ in range(manager.device.num_blocks)]
+        self.host: list[list[int | None]] = [[None] * self.block_size for _ in range(manager.host.num_blocks)]
+        self.rows: dict[int, tuple[Sequence, int, list[int]]] = {}
+
+    def run(self, output: SchedulerOutput) -> RunnerOutput:
+        self.check_plan(output)
+        for copy in output.swap_out:
+            self.host[copy.target] = list(self.device[copy.source])
+        for copy in output.swap_in:
+            self.device[copy.target] = list(self.host[copy.source])
+        read = [list(self.device[copy.source]) for copy in output.copies]
+        for copy, content in zip(output.copies, read, strict=True):
+            self.device[copy.target] = content
+        histories = []
+        for sequence, start, num_new, _ in output.scheduled:
+            history = self.history(sequence)
+            hashes = prefix_hashes(history)
+            assert start + num_new <= len(history), "a token was scheduled that nobody has sampled"
+            for position in range(start, start + num_new):
+                block = sequence.block_ids[position // self.block_size]
+                assert self.scheduler.block_manager.device.reference_counts[block] == 1, "a shared block is written"
+                self.device[block][position % self.block_size] = hashes[position]
+            histories.append((history, hashes))
+        results = []
+        for item, (history, hashes) in zip(output.scheduled, histories, strict=True):
+            sequence, start, num_new, num_samples = item
+            for position in range(start + num_new):
+                slot = self.device[sequence.block_ids[position // self.block_size]][position % self.block_size]
+                assert slot == hashes[position], f"position {position} of {sequence.request.request_id} is not its own"
+            results.append(self.sample(sequence, history, hashes, start, num_new, num_samples))
+        return RunnerOutput(tuple(results))
+
+    def history(self, sequence: Sequence) -> list[int]:
+        """The tokens of its row on the device, filled afresh for a new epoch."""
+        assert sequence.row is not None
+        held = self.rows.get(sequence.row)
+        if held is None or held[:2] != (sequence, sequence.num_preemptions):
+            assert not sequence.num_pending_tokens or sequence.num_computed_tokens == len(sequence.token_ids)
+            held = self.rows[sequence.row] = (sequence, sequence.num_preemptions, list(sequence.token_ids))
+        history = held[2]
+        assert history[: len(sequence.token_ids)] == sequence.token_ids
+        return history
+
+    def sample(
+        self, sequence: Sequence, history: list[int], hashes: list[int], start: int, num_new: int, num_samples: int
+    ) -> SequenceOutput:
+        request = sequence.request
+        token_ids: tuple[int, ...] = ()
+        is_finite = True
+        if num_samples:
+            assert start + num_new == len(history)
+            first = sequence.sample_index
+            token_ids = tuple(next_token(history, request.seed, first + i) for i in range(num_samples))
+            is_finite = (request.request_id, len(history) - request.num_prompt_tokens) not in self.nonfinite
+            history.append(token_ids[0])
+        prompt_logprobs = ()
+        if request.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(
+                (p + 1, TokenLogprobs(history[p + 1], float(hashes[p]), 1, ()))
+                for p in range(start, min(start + num_new, request.num_prompt_tokens - 1))
+            )
+        return SequenceOutput(token_ids, (), prompt_logprobs, is_finite)
+
+    def check_plan(self, output: SchedulerOutput) -> None:
+        limits = self.scheduler.limits
+        assert not (output.swap_in and output.swap_out)
+        assert sum(item.num_new_tokens for item in output.scheduled) <= limits.max_num_batched_tokens
+        assert sum(num_logit_rows(item) for item in output.scheduled) <= limits.max_num_logits
+        assert len({item.sequence.sequence_id for item in output.scheduled}) == len(output.scheduled)
+        assert all(item.num_new_tokens > 0 for item in output.scheduled)
+        targets = [copy.target for copy in output.copies]
+        assert len(set(targets)) == len(targets)
+        assert not set(targets) & {copy.source for copy in output.copies}
+        if not limits.enable_chunked_prefill:
+            assert all(item.num_samples for item in output.scheduled)
+
+
+class Loop:
+    """Scheduler and fake runner, `num_ahead` steps ahead of their results (0 is the plain synchronous loop)."""
+
+    def __init__(self, scheduler: Scheduler, *, num_ahead: int = 1) -> None:
+        self.scheduler = scheduler
+        self.nonfinite: set[tuple[str, int]] = set()
+        self.runner = FakeRunner(scheduler, self.nonfinite)
+        self.num_ahead = num_ahead
+        self.in_flight: deque[tuple[SchedulerOutput, RunnerOutput]] = deque()
+        self.groups: dict[str, SequenceGroup] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[str, int] = {}
+        self.prompt_positions: dict[str, list[int]] = {}
+        self.num_steps = 0
+
+    def add(self, request: Request) -> SequenceGroup:
+        group = self.scheduler.add(request)
+        self.groups[request.request_id] = group
+        return group
+
+    def step(self, is_swap_failing: Callable[[], bool] = lambda: False) -> SchedulerOutput:
+        output = self.scheduler.schedule()
+        if (output.swap_in or output.swap_out) and is_swap_failing():
+            output = self.scheduler.swap_failed(output)
+            assert not output.swap_in
+            assert not output.swap_out
+        self.num_steps += 1
+        if not output.is_empty:
+            self.in_flight.append((output, self.runner.run(output)))
+        while self.in_flight and (output.is_empty or len(self.in_flight) > self.num_ahead):
+            self.read_back()
+            if output.is_empty:
+                break
+        return output
+
+    def read_back(self) -> None:
+        events = self.scheduler.update(*self.in_flight.popleft())
+        for event in events.prompt_logprobs:
+            self.prompt_positions.setdefault(event.group.request.request_id, []).append(event.position)
+        for event in events.tokens:
+            sequence = event.sequence
+            self.tokens.setdefault(sequence.sequence_id, []).append(event.token_id)
+            if has_stop_string(sequence.output_token_ids):
+                self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
+        for group in self.groups.values():
+            for sequence in group.sequences:
+                told = self.tokens.get(sequence.sequence_id, [])
+                assert told == sequence.output_token_ids
+
+    def drain(self, is_swap_failing: Callable[[], bool] = lambda: False, most_steps: int = 3000) -> None:
+        while self.scheduler.has_unfinished or self.in_flight:
+            self.step(is_swap_failing)
+            self.scheduler.check()
+            most_steps -= 1
+            assert most_steps, "no progress"
+
+    def check_outputs(self, aborted: set[str] = frozenset()) -> None:
+        """Every request ended once and gave what it gives alone; nothing is held any more."""
+        for request_id, group in self.groups.items():
+            assert group.is_finished
+            if request_id in aborted:
+                continue
+            expected = expected_tokens(group.request, self.scheduler.limits.max_model_len, self.nonfinite)
+            reasons = {sequence.finish_reason for sequence in group.sequences}
+            if expected is None:
+                # a sample may have ended well before its mate met the fault
+                assert FinishReason.ERROR in reasons
+                continue
+            assert [sequence.output_token_ids for sequence in group.sequences] == expected
+            assert reasons <= {FinishReason.STOP, FinishReason.LENGTH}
+            if group.request.params.prompt_logprobs is not None:
+                assert self.prompt_positions.get(request_id, []) == list(range(1, group.request.num_prompt_tokens))
+        self.scheduler.check()
+        counts = self.scheduler.counts()
+        assert counts.accepted == sum(counts.finished.values()) == len(self.groups)
+        manager = self.scheduler.block_manager
+        assert manager.device.num_referenced == manager.host.num_referenced == 0
