@@ -342,8 +342,9 @@ def card_of(shape: Shape, report: dict[str, Any], text_note: str, command: str) 
     return f"""# The demo model
 
 A Llama-shaped language model of {report["parameters"] / 1e6:.2f} million parameters, trained from scratch on
-{text_note}. It writes in the manner of its text and knows nothing else: it is here so that an installed engine can be
-tried, tested and timed without a download.
+{text_note}.
+It writes in the manner of its text and knows nothing else: it is here so that an installed engine can be tried, tested
+and timed without a download.
 
 | | |
 |---|---|
@@ -355,9 +356,9 @@ tried, tested and timed without a download.
 | loss, nats a token | {losses} ({bits}), at step {report["best_step"]} |
 | weights | bfloat16 |
 
-A passage begins with `<s>` and the name of a speaker, as in `ROMEO:`; `</s>` ends one passage in about 40 speeches. The
-chat template turns system, user and assistant into CHORUS, ROMEO and JULIET: give `stop=["\\n\\n"]` to stop after
-one speech.
+A passage begins with `<s>` and the name of a speaker, as in `ROMEO:`; `</s>` comes once in some 40 speeches. The
+chat template turns system, user and assistant into CHORUS, ROMEO and JULIET: give `stop=["\\n\\n"]` to stop after one
+speech.
 
 Made with
 

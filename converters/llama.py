@@ -145,9 +145,10 @@ def as_list(token_ids: Any) -> list[Any]:
 
 
 def _rope(values: Mapping[str, Any], max_position_embeddings: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Return theta and scaling, as JSON of ModelConfig, from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before).
+    """Return theta and scaling, as ModelConfig's JSON has them.
 
-    Precedence and defaults are those of transformers: theta inside the object wins over the one beside it;
+    They come from `rope_parameters` (transformers 5) or from `rope_scaling` and `rope_theta` (before). Precedence and
+    defaults are those of transformers: theta inside the object wins over the one beside it;
     `original_max_position_embeddings` beside it wins over the one inside, and falls back to max_position_embeddings.
     """
     new, old = values.get("rope_parameters"), values.get("rope_scaling")

@@ -158,7 +158,7 @@ def _generate(options: argparse.Namespace, started: float) -> int:
         outputs = llm.generate(prompts, params, use_tqdm=not options.quiet)
         for output in outputs:
             for completion in output.outputs:
-                print((("" if options.no_echo else output.prompt or "") + completion.text))
+                print(("" if options.no_echo else output.prompt or "") + completion.text)
                 print("---")
     if not options.quiet:
         _print_summary(llm, outputs, time.perf_counter() - ready)
@@ -170,7 +170,7 @@ def _generate(options: argparse.Namespace, started: float) -> int:
 def _print_stream(llm: Any, prompt: Any, params: SamplingParams, *, is_echoed: bool) -> Any:
     """Print text as it comes; returns the finished RequestOutput."""
     shown = 0
-    output = None
+    output: Any = None
     if is_echoed:
         print(prompt, end="", flush=True)
     for output in llm.stream(prompt, params):

@@ -80,7 +80,7 @@ def engine_config_from(options: Mapping[str, Any]) -> EngineConfig:
 
 def keep_compiles() -> None:
     """Keep every compile on disk, however short, unless the user configured jax's persistent cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxpaged" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -126,7 +126,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config.json as SamplingParams; used where a call brings none."""
-        return SamplingParams(**self._defaults.as_dict())
+        defaults: dict[str, Any] = dict(self._defaults.as_dict())
+        return SamplingParams(**defaults)
 
     def generate(
         self,
@@ -327,6 +328,6 @@ def _read_prompt(prompt: Prompt) -> tuple[str | list[int], str]:
         if isinstance(prompt.get("prompt"), str):
             return prompt["prompt"], salt
         raise ValueError("a prompt mapping needs a text under 'prompt' or ids under 'prompt_token_ids'")
-    if isinstance(prompt, Sequence):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
         return list(prompt), ""
     raise ValueError(f"a prompt must be a string, token ids or a mapping, not {type(prompt).__name__}")

@@ -5,8 +5,7 @@ Read first: AttentionMetadata.
 """
 
 from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
-from pallas_kernels.paged_attention.api import explain, paged_attention, pick
-from pallas_kernels.paged_attention.implementations import IMPLEMENTATIONS, AttentionCase
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
 

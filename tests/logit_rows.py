@@ -100,14 +100,15 @@ def draw(
     rows: Sequence[LogitRow], num_logit_rows: int | None = None, max_logprobs: int = 3, **flags: bool
 ) -> tuple[SamplerOutput, SamplerState]:
     """Sample one token for each row; the output is cut to the rows and lies in numpy."""
-    num_logit_rows = num_logit_rows or len(rows)
-    num_state_rows = max(num_logit_rows, len(rows))
+    # few shapes, because each costs a compilation
+    num_logit_rows = num_logit_rows or (16 if len(rows) <= 16 else 32)
+    num_state_rows = num_logit_rows
     logits, batch = make_batch(rows, num_logit_rows, num_state_rows, **flags)
     output, state = jitted_sample(logits, load_state(rows, num_state_rows), batch, max_logprobs)
     return jax.tree.map(lambda array: np.asarray(array)[: len(rows)], output), state
 
 
-def draw_many(row: LogitRow, num_draws: int) -> np.ndarray:
+def draw_many(row: LogitRow, num_draws: int = 4096) -> np.ndarray:
     """Tokens of `num_draws` seeds for one row, in one batch."""
     logits, batch = make_batch([row] * num_draws, num_draws, 1)
     seeds = np.stack([np.arange(num_draws), np.zeros(num_draws)], axis=1).astype(np.uint32)

@@ -184,8 +184,8 @@ def test_plan_and_info_answer_before_anything_is_loaded(capsys):
 
 
 def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
-    code = main(["generate", "ROMEO:\n", "JULIET:\n", "--n", "2", "--temperature", "1", "--seed", "3", "--max-tokens", "5",
-                 "--max-num-seqs", "4"])
+    code = main(["generate", "ROMEO:\n", "JULIET:\n", "--n", "2", "--temperature", "1", "--seed", "3",
+                 "--max-tokens", "5", "--max-num-seqs", "4"])
     captured = capsys.readouterr()
     assert code == 0
     assert captured.out.count("---") == 4

@@ -60,7 +60,7 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache once every dispatched step has run."""
     num_pending_tokens: int = 0
-    """Tokens sampled by dispatched steps that the host has not read yet (0 or 1)."""
+    """Tokens sampled by dispatched steps that the host has not read yet: 1, and 2 while it schedules ahead."""
     status: SequenceStatus = SequenceStatus.WAITING
     block_ids: list[int] = field(default_factory=list)
     """The block table: device blocks while running, host blocks while swapped, empty otherwise."""

@@ -7,7 +7,7 @@ from jaxpaged.core.request import Sequence
 
 
 class BlockCopy(NamedTuple):
-    """One block to copy. Device to device for copy-on-write, device to host for swap out, host to device for swap in."""
+    """One block to copy: within the device for copy-on-write, to the host for swap out, from it for swap in."""
 
     source: int
     target: int
@@ -20,7 +20,7 @@ class ScheduledSequence(NamedTuple):
     start: int
     num_new_tokens: int
     num_samples: int
-    """Tokens to sample from the last of them: 0 for a chunk that does not reach the end, n before the samples fork, else 1."""
+    """Tokens to sample from the last of them: 0 where a chunk ends earlier, n before the samples fork, else 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ tokens are decoded together, and what may still change is held back.
 
 Decisions
 1. 2026-11-23. The window of tokens is kept here and decoded by `Tokenizer.decode`, not by `tokenizers`' DecodeStream:
-   same cost (two short decodes a token, about 5 us), but that one repeats the whole prompt in the output if the prompt
+   same cost (two short decodes a token), but that one repeats the whole prompt in the output if the prompt
    ends inside a character, raises on byte tokens that form no character, and grows without bound on skipped tokens.
 2. 2026-11-23. Where several stop strings match, the one that is complete first ends the text (of two that end
    together, the longer one), so the result does not depend on how the text was cut into tokens.
@@ -74,15 +74,20 @@ class Detokenizer:
         if token_id in self._silent:
             return ""
         self._window.append(token_id)
-        end = self._stable_end()
-        return self._show(self._advance(end), is_searched) if end > self._num_read else ""
+        whole = self._decode(self._window)
+        end = self._stable_end(whole)
+        if end == self._num_read:
+            return ""
+        if end < len(self._window):
+            whole = self._decode(self._window[:end])
+        return self._show(self._advance(end, whole), is_searched)
 
     def finish(self) -> str:
         """No token follows: returns the text that was held back."""
         if self.stop_reason is not None:
             return ""
         is_searched = self._num_tokens_before_search <= 0
-        shown = self._show(self._advance(len(self._window)), is_searched)
+        shown = self._show(self._advance(len(self._window), self._decode(self._window)), is_searched)
         rest, self._held = self._held, ""
         if rest:
             self._parts.append(rest)
@@ -104,10 +109,9 @@ class Detokenizer:
                 return tail
             length *= 2
 
-    def _stable_end(self) -> int:
-        """How many tokens of the window have text that later tokens cannot change."""
+    def _stable_end(self, whole: str) -> int:
+        """How many tokens of the window, which decodes to `whole`, have text that later tokens cannot change."""
         window = self._window
-        whole = self._decode(window)
         if whole != self._prefix and not whole.endswith(REPLACEMENT):
             return len(window)
         num_pending = len(window) - self._num_read
@@ -122,9 +126,9 @@ class Detokenizer:
                 return end
         return self._num_read if num_pending <= 2 * MAX_PENDING else len(window)
 
-    def _advance(self, end: int) -> str:
-        """The text of the pending tokens before `end`, which becomes the new prefix."""
-        whole, prefix = self._decode(self._window[:end]), self._prefix
+    def _advance(self, end: int, whole: str) -> str:
+        """What the pending tokens before `end` add; they become the new prefix. `whole`: the window up to `end`."""
+        prefix = self._prefix
         if whole.startswith(prefix):
             new = whole[len(prefix) :]
         elif prefix.endswith(REPLACEMENT):  # the prompt ended inside a character, which is complete now

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flax import nnx
 
@@ -365,11 +365,11 @@ class Engine:
             detokenizer.append(event.token_id)
             if detokenizer.stop_reason is not None and not sequence.is_finished:
                 self.scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
-            elif detokenizer.stop_reason is not None and sequence.finish_reason is FinishReason.LENGTH:
-                sequence.finish_reason = FinishReason.STOP
-                sequence.stop_reason = detokenizer.stop_reason
         if sequence.is_finished:
             detokenizer.finish()
+            if detokenizer.stop_reason is not None and sequence.finish_reason is FinishReason.LENGTH:
+                # its last token completed a stop string
+                sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
 
     def _make_detokenizer(self, live: _Live) -> Detokenizer:
         assert self.tokenizer is not None
@@ -380,6 +380,7 @@ class Engine:
             stop=tuple(params.stop or ()),
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )
 
     def _output(self, live: _Live, is_finished: bool) -> RequestOutput:
@@ -392,11 +393,17 @@ class Engine:
             prompt=live.prompt,
             prompt_token_ids=request.prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
-            outputs=tuple(self._completion(live, sequence) for sequence in live.group.sequences),
+            outputs=self._completions(live),
             finished=is_finished,
             num_cached_tokens=live.group.num_cached_tokens,
             metrics=self._metrics(live),
         )
+
+    def _completions(self, live: _Live) -> tuple[CompletionOutput, ...]:
+        """One per sample; samples that had not forked when the request ended share its first one's end."""
+        found = [self._completion(live, sequence) for sequence in live.group.sequences]
+        missing = range(len(found), live.request.params.n if live.group.is_finished else 0)
+        return (*found, *(replace(found[0], index=index) for index in missing))
 
     def _completion(self, live: _Live, sequence: Sequence) -> CompletionOutput:
         index = sequence.sample_index

@@ -78,7 +78,7 @@ class CompileCounter:
         self._is_counting = False
         self_reference = weakref.ref(self)
 
-        def on_event(event: str, duration: float, **attributes: str | int) -> None:
+        def on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
             counter = self_reference()
             if counter is not None and counter._is_counting and event == COMPILE_EVENT:
                 counter.num_compiles += 1

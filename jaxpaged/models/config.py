@@ -109,7 +109,9 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}: this checkpoint was written by another version")
         missing = [
-            name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and values.get(name) is None
         ]
         if missing:
             raise ValueError(f"missing fields {missing}")
@@ -131,9 +133,9 @@ def _parse_field(name: str, value: object) -> Any:
         if not isinstance(value, dict) or not isinstance(value.get("rope_type"), str):
             raise ValueError(f"rope_scaling={value!r} must be an object with a rope_type")
         return parse_rope_scaling(value["rope_type"], {key: value[key] for key in value if key != "rope_type"})
-    expected, meaning = (str, "a string") if name in ("architecture", "activation", "dtype") else (bool, "true or false")
-    if not isinstance(value, expected):
-        raise ValueError(f"{name}={value!r} must be {meaning}")
+    is_text = name in ("architecture", "activation", "dtype")
+    if not isinstance(value, str if is_text else bool):
+        raise ValueError(f"{name}={value!r} must be {'a string' if is_text else 'true or false'}")
     return value
 
 

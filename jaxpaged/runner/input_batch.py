@@ -87,8 +87,7 @@ class PackedLayout:
             "ban_stops": rows,
             "target_ids": rows,
             "has_target": rows,
-            **{name: rows for name in INT_COLUMNS},
-            **{name: rows for name in FLOAT_COLUMNS},
+            **dict.fromkeys(INT_COLUMNS + FLOAT_COLUMNS, rows),
         }
         found, start = {}, 0
         for name, length in lengths.items():
@@ -354,7 +353,9 @@ def unpack(
     packed: Int32[Array, "size"], history: Int32[Array, "state_rows max_len"], layout: PackedLayout, block_size: int
 ) -> InputBatch:
     """The fields of a packed vector, inside the jitted step; ids sampled by the step before come from `history`."""
-    field = {name: jax.lax.slice(packed, (start,), (start + length,)) for name, (start, length) in layout.fields.items()}
+    field = {
+        name: jax.lax.slice(packed, (start,), (start + length,)) for name, (start, length) in layout.fields.items()
+    }
 
     def as_float(name: str) -> Array:
         return jax.lax.bitcast_convert_type(field[name], jnp.float32)

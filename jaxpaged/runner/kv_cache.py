@@ -49,10 +49,15 @@ class MemoryPlan:
             ("weights", f"{self.weight_bytes / mib:,.1f} MiB"),
             ("activations, at most", f"{self.activation_bytes / mib:,.1f} MiB"),
             ("sampler state", f"{self.sampler_bytes / mib:,.1f} MiB"),
-            ("KV cache", f"{self.kv_bytes / mib:,.1f} MiB: {self.num_device_blocks:,} blocks of {self.block_size} tokens "
-                         f"({self.block_bytes:,} bytes each), {tokens:,} tokens; limited by {self.limited_by}"),
-            ("host blocks for swapping", f"{self.num_host_blocks:,} "
-                                         f"({self.num_host_blocks * self.block_bytes / mib:,.1f} MiB)"),
+            (
+                "KV cache",
+                f"{self.kv_bytes / mib:,.1f} MiB: {self.num_device_blocks:,} blocks of {self.block_size} tokens "
+                f"({self.block_bytes:,} bytes each), {tokens:,} tokens; limited by {self.limited_by}",
+            ),
+            (
+                "host blocks for swapping",
+                f"{self.num_host_blocks:,} ({self.num_host_blocks * self.block_bytes / mib:,.1f} MiB)",
+            ),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
         )
         width = max(len(name) for name, _ in rows)
@@ -125,13 +130,13 @@ def plan_memory(
         num_device_blocks, limited_by = fitting, "memory"
         if fitting < per_sequence + 1:
             raise ValueError(
-                f"the KV cache of one sequence of {max_model_len} tokens needs {per_sequence + 1} blocks of {block_bytes} "
-                f"bytes, but {max(left, 0):,} bytes are left on {device.device_kind} ({total:,} in all, "
+                f"the KV cache of one sequence of {max_model_len} tokens needs {per_sequence + 1} blocks of "
+                f"{block_bytes} bytes, but {max(left, 0):,} bytes are left on {device.device_kind} ({total:,} in all, "
                 f"{weight_bytes:,} for weights): lower max_model_len or max_num_batched_tokens, or raise "
                 "device_memory_fraction"
             )
     host = engine_config.host_memory_bytes
-    if host == "auto":
+    if isinstance(host, str):  # "auto"
         # never more than the device pool holds: a victim leaves room there when it comes here
         host = min(AUTO_HOST_BYTES, available_host_bytes() // 4, num_device_blocks * block_bytes)
     num_host_blocks = max(int(host // block_bytes), 0) + 1  # its block 0 is never given out either

@@ -116,7 +116,7 @@ def count_tokens(
 
 
 def first_argmax(scores: Float32[Array, "rows entries"]) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"]]:
-    """Index of each row's maximum (the first of equals) and the maximum; index 0 and NaN in a row with a NaN.
+    """Index of each row's maximum (the first of equals) and the maximum. A row with a NaN gets some index in range.
 
     Two plain reductions: XLA's argmax is a two-operand one, which CPUs do not vectorise.
     """
@@ -125,6 +125,14 @@ def first_argmax(scores: Float32[Array, "rows entries"]) -> tuple[Int32[Array, "
     column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     index = jnp.min(jnp.where(scores == best[:, None], column, num_entries), axis=-1)
     return jnp.where(index < num_entries, index, 0), best
+
+
+def is_finite(logits: Float32[Array, "rows vocab"], best: Float32[Array, "rows"]) -> Bool[Array, "rows"]:
+    """Whether a row is free of NaN and its maximum `best` is finite.
+
+    The maximum alone does not tell: XLA's CPU reduction loses a NaN where it is vectorised (jaxlib 0.10.2).
+    """
+    return jnp.isfinite(best) & ~jnp.any(jnp.isnan(logits), axis=-1)
 
 
 def log_sum_exp(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Bool, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxpaged.runner.logits import first_argmax, process, token_logprobs
+from jaxpaged.runner.logits import first_argmax, is_finite, process, token_logprobs
+from jaxpaged.runner.noise import gumbel_noise, sampling_keys
 from jaxpaged.runner.sampler_state import (
     MAX_BAD_WORD_TOKENS,
     SamplerState,
@@ -25,7 +25,7 @@ from jaxpaged.runner.sampler_state import (
     state_bytes,
 )
 from jaxpaged.runner.sampling_batch import SamplingBatch
-from jaxpaged.runner.truncation import truncate
+from jaxpaged.runner.truncation import keep_all, truncate
 
 __all__ = [
     "MAX_BAD_WORD_TOKENS",
@@ -101,14 +101,14 @@ def _take_best(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
     tokens, best = first_argmax(logits)
-    return tokens, jnp.isfinite(best)
+    return tokens, is_finite(logits, best)
 
 
 def _draw(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
     # looked at before any stage can hide a NaN behind a ban
-    was_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    was_finite = is_finite(logits, jnp.max(logits, axis=-1))
     processed = process(logits, state, batch)
     greedy, best = first_argmax(processed)
     tokens = lax.cond(
@@ -127,58 +127,27 @@ def _draw_random(
     temperature = jnp.where(is_random, batch.temperature, 1.0)
     # differences first: no temperature, however small, makes an infinity of two finite logits' difference of 0
     distances = (best[:, None] - logits) / temperature[:, None]
+    left = lax.cond(
+        batch.any_truncation,
+        truncate,
+        lambda distances, *_: keep_all(distances),
+        distances,
+        batch.min_p,
+        # a greedy row must not send the others the long way
+        jnp.where(is_random, batch.top_k, 0),
+        jnp.where(is_random, batch.top_p, 1.0),
+    )
     keys = sampling_keys(batch)
 
-    def over_all(distances: Float32[Array, "rows vocab"]) -> Int32[Array, "rows"]:
-        ids = lax.broadcasted_iota(jnp.int32, distances.shape, 1)
-        return first_argmax(gumbel_noise(keys, ids) - distances)[0]
+    def over_candidates() -> Int32[Array, "rows"]:
+        scores = gumbel_noise(keys, left.candidate_ids) - left.candidates
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        # of equal scores the smallest id, as over the whole row
+        ids = jnp.where(scores == highest, left.candidate_ids, logits.shape[1])
+        return jnp.minimum(jnp.min(ids, axis=-1), logits.shape[1] - 1)
 
-    def truncated() -> Int32[Array, "rows"]:
-        left = truncate(
-            distances,
-            batch.min_p,
-            # a greedy row must not send the others the long way
-            jnp.where(is_random, batch.top_k, 0),
-            jnp.where(is_random, batch.top_p, 1.0),
-        )
+    def over_all() -> Int32[Array, "rows"]:
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        return first_argmax(gumbel_noise(keys, ids) - left.distances)[0]
 
-        def over_candidates() -> Int32[Array, "rows"]:
-            scores = gumbel_noise(keys, left.candidate_ids) - left.candidates
-            highest = jnp.max(scores, axis=-1, keepdims=True)
-            # of equal scores the smallest id, as over the whole row
-            ids = jnp.where(scores == highest, left.candidate_ids, logits.shape[1])
-            return jnp.minimum(jnp.min(ids, axis=-1), logits.shape[1] - 1)
-
-        is_narrow = jnp.all(left.is_narrow | ~is_random)
-        return lax.cond(is_narrow, over_candidates, lambda: over_all(left.distances))
-
-    return lax.cond(batch.any_truncation, truncated, lambda: over_all(distances))
-
-
-def sampling_keys(batch: SamplingBatch) -> UInt32[Array, "rows 2"]:
-    """Threefry key data of fold_in(fold_in(key(seed), sample index), position) for each row."""
-
-    def key_data(
-        seed: UInt32[Array, "2"], sample_index: Int32[Array, ""], position: Int32[Array, ""]
-    ) -> UInt32[Array, "2"]:
-        key = jax.random.wrap_key_data(seed[::-1], impl="threefry2x32")
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, sample_index), position))
-
-    return jax.vmap(key_data)(batch.seeds, batch.sample_index, batch.position)
-
-
-def gumbel_noise(
-    keys: UInt32[Array, "rows 2"], token_ids: Int32[Array, "rows entries"]
-) -> Float32[Array, "rows entries"]:
-    """Standard Gumbel noise of each token: a function of its row's key and its id alone.
-
-    32 random bits make an exponential variate of fine steps near 0, where the largest noise comes from.
-    """
-    num_entries = token_ids.shape[1]
-    counts = jnp.concatenate([jnp.zeros_like(token_ids), token_ids], axis=1).astype(jnp.uint32)
-    words = jax.vmap(lambda key, count: threefry_2x32((key[0], key[1]), count))(keys, counts)
-    bits = words[:, :num_entries] ^ words[:, num_entries:]
-    # apart from the hash, the logarithms below are vectorised
-    bits = lax.optimization_barrier(bits)
-    uniform = jnp.clip(bits.astype(jnp.float32) * 2.0**-32, 2.0**-33, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-uniform))
+    return lax.cond(jnp.all(left.is_narrow | ~is_random), over_candidates, over_all)

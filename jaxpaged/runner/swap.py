@@ -66,7 +66,7 @@ class BlockMover:
             raise SwapError(f"swap out of {len(copies)} blocks failed: {error}") from error
 
     def swap_in(self, kv: Any, copies: Sequence[BlockCopy]) -> Any:
-        """Copy host blocks to device blocks; `kv` is donated, the new one returned. Raises SwapError before any write."""
+        """Copy host blocks to device blocks; `kv` is donated, the new one returned. SwapError before any write."""
         try:
             self._drain()
             staged = [self._stage([copy.source for copy in part]) for part in _rounds(copies)]

@@ -48,6 +48,15 @@ class Mass(NamedTuple):
         return (self.high > goal.high) | ((self.high == goal.high) & (self.low >= goal.low))
 
 
+def keep_all(distances: Float32[Array, "rows vocab"], num_candidates: int = NUM_CANDIDATES) -> Truncation:
+    """What `truncate` would leave if no row asked for anything, without candidates."""
+    num_rows, vocab_size = distances.shape
+    shape = num_rows, min(num_candidates, vocab_size)
+    return Truncation(
+        distances, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(num_rows, jnp.bool_)
+    )
+
+
 def truncate(
     distances: Float32[Array, "rows vocab"],
     min_p: Float32[Array, "rows"],
@@ -60,6 +69,7 @@ def truncate(
     `num_candidates` changes the cost and what counts as narrow, never the distances.
     """
     vocab_size = distances.shape[1]
+    distances = jnp.abs(distances)  # a zero without sign, because bits are compared
     weights = jnp.exp(-distances)
     is_left = weights >= min_p[:, None]
     distances = jnp.where(is_left, distances, jnp.inf)

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from jaxpaged.runner.sampler import gumbel_noise, sample, sampling_keys
-from jaxpaged.sampling_params import SamplingParams
 from logit_rows import LogitRow, draw, draw_many, jitted_sample, load_state, make_batch
 
+from jaxpaged.runner.logits import first_argmax, is_finite
+from jaxpaged.runner.noise import gumbel_noise, sampling_keys, threefry
+from jaxpaged.runner.sampler import sample
+from jaxpaged.sampling_params import SamplingParams
+
 VOCAB = 301  # above NUM_CANDIDATES, so that truncated rows can be narrow or not
+SMALL = 8
 
 
 def random_logits(seed, scale=3.0, size=VOCAB):
@@ -63,7 +66,7 @@ def assert_same_row(got, index, wanted, wanted_index):
 # ---- a row and its company
 
 
-@pytest.mark.parametrize("num_logit_rows", [13, 16, 31])
+@pytest.mark.parametrize("num_logit_rows", [16, 32])
 def test_a_row_gives_the_same_bits_alone_and_in_company_in_any_bucket_and_any_order(num_logit_rows):
     rows = every_kind()
     order = np.random.default_rng(num_logit_rows).permutation(len(rows))
@@ -86,7 +89,7 @@ def test_stages_that_no_row_needs_change_nothing():
         assert_same_row(skipped, i, run, i)
 
 
-@pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.nan])
+@pytest.mark.parametrize("trouble", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_row_that_is_not_finite_is_flagged_and_its_neighbours_do_not_notice(kind, trouble):
     rows = every_kind()
@@ -121,7 +124,7 @@ def test_a_row_whose_every_token_is_banned_is_flagged(temperature):
 def test_minus_infinity_is_an_ordinary_logit():
     logits = np.full(VOCAB, -np.inf, np.float32)
     logits[[10, 20]] = [0.0, 1.0]
-    for params in (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.99), SamplingParams(top_k=9)):
+    for params in (GREEDY, SamplingParams(), SamplingParams(top_p=0.99), SamplingParams(top_k=9)):
         output, _ = draw([LogitRow(logits, params, seed=s) for s in range(32)], any_logprobs=True)
         assert output.finite.all()
         assert set(output.tokens.tolist()) <= {10, 20}
@@ -142,12 +145,11 @@ def test_greedy_rows_take_the_first_maximum_of_the_processed_logits():
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 0.001])
 def test_a_vanishing_temperature_is_greedy(temperature):
-    logits = random_logits(5)
-    tokens = draw_many(LogitRow(logits, SamplingParams(temperature=temperature)), 64)
+    logits = random_logits(5, size=SMALL)
+    tokens = draw_many(LogitRow(logits, SamplingParams(temperature=temperature)))
     assert set(tokens.tolist()) == {int(np.argmax(logits))}
 
 
-SMALL = 8
 DISTRIBUTIONS = {
     "plain": ({}, lambda p: p),
     "temperature": ({"temperature": 0.5}, lambda p: p**2),
@@ -166,10 +168,10 @@ def test_sampled_frequencies_follow_the_distribution(name):
     weights = np.exp(logits.astype(np.float64))
     wanted = change(weights / weights.sum())
     wanted = wanted / wanted.sum()
-    num_draws = 4096
-    counts = np.bincount(draw_many(LogitRow(logits, SamplingParams(**options)), num_draws), minlength=SMALL)
+    tokens = draw_many(LogitRow(logits, SamplingParams(**options)))
+    counts = np.bincount(tokens, minlength=SMALL)
     assert not counts[wanted == 0].any()
-    expected = wanted[wanted > 0] * num_draws
+    expected = wanted[wanted > 0] * len(tokens)
     chi_square = float(((counts[wanted > 0] - expected) ** 2 / expected).sum())
     # 7 degrees of freedom at most; 29.9 is passed once in 10,000 tries, and the seeds are fixed
     assert chi_square < 29.9
@@ -188,8 +190,12 @@ def test_the_noise_is_gumbel_in_body_and_tail():
 def test_the_key_is_that_of_the_contract():
     row = LogitRow(random_logits(0), SamplingParams(), prompt=[1, 2], output=[3], seed=77, sample_index=5)
     _, batch = make_batch([row], 1, 1)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(77, impl="threefry2x32"), 5), 3)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(77, impl="shift_right_logical"), 5), 3)
     np.testing.assert_array_equal(sampling_keys(batch)[0], jax.random.key_data(key))
+    first, second = threefry(tuple(jax.random.key_data(key)), np.arange(VOCAB, dtype=np.uint32))
+    # by element, whatever the shape asked for: jax's default, named because it is not jax's only one
+    with jax.threefry_partitionable(True):
+        np.testing.assert_array_equal(first ^ second, jax.random.bits(key, (VOCAB,)))
 
 
 @settings(max_examples=20, deadline=None)
@@ -220,8 +226,8 @@ def test_samples_and_positions_have_noise_of_their_own():
 
 def test_the_sampled_token_is_written_at_its_position_and_nowhere_else():
     rows = [LogitRow(random_logits(i), GREEDY, prompt=[9] * (i + 1), output=[8]) for i in range(3)]
-    before = load_state(rows, 4)
-    output, after = draw(rows, 4)
+    before = load_state(rows, 16)
+    output, after = draw(rows, 16)
     wanted = np.asarray(before.history).copy()
     for i in range(3):
         wanted[i, i + 2] = output.tokens[i]
@@ -236,7 +242,7 @@ def test_penalties_of_the_next_step_see_the_token_that_never_left_the_device():
     for position in range(1, 12):
         columns, batch = make_batch([row], 1, 1)
         batch = dataclasses.replace(batch, position=np.array([position], np.int32))
-        output, state = jitted_sample(columns, state, batch, 0)
+        output, state = jitted_sample(columns, state, batch, 3)
         seen.append(int(output.tokens[0]))
     wanted, left = [], logits.astype(np.float32).copy()
     for _ in range(11):
@@ -266,10 +272,22 @@ def test_sorting_noise_and_counting_stand_only_inside_conditions():
     logits, batch = make_batch([LogitRow(random_logits(0), GREEDY)], 4, 4)
     state = load_state([LogitRow(random_logits(0), GREEDY)], 4)
     found = list(primitives(jax.make_jaxpr(sample, static_argnums=3)(logits, state, batch, 3).jaxpr))
-    dear = {"sort", "top_k", "threefry2x32", "exp", "log", "log1p", "while", "scan", "cumsum", "scatter-add"}
-    assert dear & {name for name, inside in found if inside} >= {"top_k", "threefry2x32", "exp", "scatter-add"}
+    dear = {"sort", "top_k", "shift_right_logical", "exp", "log", "log1p", "while", "scan", "cumsum", "scatter-add"}
+    assert dear & {name for name, inside in found if inside} >= {"top_k", "shift_right_logical", "exp", "scatter-add"}
     assert not dear & {name for name, inside in found if not inside}
     assert not {"sort", "argmax"} & {name for name, _ in found}
+
+
+@pytest.mark.parametrize("size", [8, 301, 4000])
+@pytest.mark.parametrize("num_rows", [1, 13, 16])
+def test_a_nan_is_seen_wherever_it_stands_and_however_the_maximum_is_vectorised(size, num_rows):
+    logits = np.random.default_rng(size).normal(size=(num_rows, size)).astype(np.float32)
+    check = jax.jit(lambda x: is_finite(x, first_argmax(x)[1]))
+    for column in (0, 3, size // 2, size - 1):
+        sick = logits.copy()
+        sick[num_rows // 2, column] = np.nan
+        assert np.asarray(check(sick)).tolist() == [row != num_rows // 2 for row in range(num_rows)]
+    assert np.asarray(check(logits)).all()
 
 
 def test_a_plain_greedy_step_takes_the_branch_without_any_work():

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_rows import MAX_MODEL_LEN, LogitRow, draw, jitted_load_row, load_state, make_batch
 
 from jaxpaged.runner import logits as logits_module
 from jaxpaged.runner.logits import first_argmax, log_sum_exp, process, token_logprobs
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS, init_state, pack_row, state_bytes
 from jaxpaged.sampling_params import SamplingParams
-from logit_rows import MAX_MODEL_LEN, LogitRow, draw, jitted_load_row, load_state, make_batch
 
 VOCAB = 37  # not a multiple of 32, so that the last word of the allowed mask is ragged
 jitted_process = jax.jit(process)
@@ -22,7 +22,7 @@ def processed(rows, **flags):
 
 
 def by_definition(row: LogitRow) -> np.ndarray:
-    """vLLM's order: allowed, bad words, stop ban, bias, repetition, frequency, presence; float64, one token at a time."""
+    """vLLM's order: allowed, bad words, stop ban, bias, repetition, frequency, presence; token by token."""
     params, result = row.params, row.logits.astype(np.float64)
     allowed = params.allowed_token_ids
     for token in range(len(result)):
@@ -139,7 +139,12 @@ def test_a_row_without_options_keeps_its_bits_whatever_its_neighbours_ask_for():
     rng = np.random.default_rng(0)
     plain = LogitRow(rng.normal(size=VOCAB).astype(np.float32) * 1e3, SamplingParams(), prompt=PROMPT, output=OUTPUT)
     busy = LogitRow(
-        plain.logits, SamplingParams(**CASES["everything"]), prompt=PROMPT, output=OUTPUT, bad_words=[[12]], stop_ids=[1]
+        plain.logits,
+        SamplingParams(**CASES["everything"]),
+        prompt=PROMPT,
+        output=OUTPUT,
+        bad_words=[[12]],
+        stop_ids=[1],
     )
     np.testing.assert_array_equal(processed([plain, busy])[0], plain.logits)
 
@@ -167,7 +172,8 @@ def test_the_integer_sum_of_a_large_vocabulary_is_exact_where_it_could_overflow_
     peaked[0, 3] = 0.0
     total = jax.jit(lambda x: log_sum_exp(x)[1])
     assert float(total(flat)[0]) == pytest.approx(np.log(size), rel=1e-7)
-    assert float(total(peaked)[0]) == pytest.approx(np.log1p((size - 1) * np.exp(-20.0)), abs=1.2e-7)  # one float32 step at 1
+    # one float32 step at 1
+    assert float(total(peaked)[0]) == pytest.approx(np.log1p((size - 1) * np.exp(-20.0)), abs=1.2e-7)
 
 
 def test_a_target_is_reported_instead_of_the_sampled_token():

@@ -1,0 +1,244 @@
+"""The op, its checks, the table of its implementations, and the one rule that picks one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention.metadata import AttentionMetadata
+
+CACHE_DTYPES = ("float32", "bfloat16")
+"""Logical dtypes of keys and values; how they are stored is each implementation's own business."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """What the choice of an implementation depends on; all of it is known before anything is compiled."""
+
+    platform: str
+    """As `jax.default_backend()` names it: cpu, gpu, tpu."""
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    """Logical dtype of the cache."""
+    num_q_heads: int | None = None
+    """None where it is not known yet, as for a layout."""
+    window: int | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One row of the table: how a backend stores a layer's keys and values, and how it attends to them."""
+
+    name: str
+    summary: str
+    platforms: tuple[str, ...]
+    """Where it runs."""
+    misfits: Callable[[AttentionCase], list[str]]
+    """Every reason, beside the platform, why a case is not served; empty when it is."""
+    cache_shapes: Callable[[int, int, int, int, jnp.dtype], Any]
+    """(num_blocks, block_size, num_kv_heads, head_dim, dtype) -> tree of jax.ShapeDtypeStruct."""
+    pack: Callable[[Any, Any], Any]
+    """Keys and values [blocks, block_size, kv_heads, head_dim] (numpy) -> layer cache (numpy)."""
+    unpack: Callable[[Any], tuple[Any, Any]]
+    """The way back."""
+    attend: Callable[..., tuple[Any, Any]]
+    """`paged_attention` without its checks; every keyword is given."""
+
+
+def _no_misfits(case: AttentionCase) -> list[str]:
+    return []
+
+
+# Best first; a new backend is one file and one row here.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        name="xla",
+        summary="plain XLA, loops over tiles with dynamic length; default on CPU, fallback elsewhere",
+        platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
+        misfits=_no_misfits,
+        cache_shapes=xla.cache_shapes,
+        pack=xla.pack,
+        unpack=xla.unpack,
+        attend=xla.attend,
+    ),
+    Implementation(
+        name="reference",
+        summary="one dense score matrix per token: the truth for tests, slow",
+        platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
+        misfits=_no_misfits,
+        cache_shapes=reference.cache_shapes,
+        pack=reference.pack,
+        unpack=reference.unpack,
+        attend=reference.attend,
+    ),
+)
+
+
+def find(name: str) -> Implementation:
+    """The row called `name`; ValueError with the known names otherwise."""
+    for row in IMPLEMENTATIONS:
+        if row.name == name:
+            return row
+    known = ", ".join(repr(row.name) for row in IMPLEMENTATIONS)
+    raise ValueError(f"attention implementation {name!r} is unknown: use one of {known}, or None to have it picked")
+
+
+def _reasons(row: Implementation, case: AttentionCase) -> list[str]:
+    """Why `row` does not serve `case`."""
+    reasons = [] if case.platform in row.platforms else [f"runs on {', '.join(row.platforms)}, not on {case.platform}"]
+    if case.dtype not in CACHE_DTYPES:
+        reasons.append(f"keeps keys and values as {' or '.join(CACHE_DTYPES)}, not {case.dtype}")
+    return reasons + row.misfits(case)
+
+
+def pick(case: AttentionCase, implementation: str | None = None) -> Implementation:
+    """The first row of IMPLEMENTATIONS that serves `case`, or the one asked for.
+
+    Raises ValueError, with every reason, when the one asked for (or each of them) does not serve it.
+    """
+    rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
+    for row in rows:
+        if not _reasons(row, case):
+            return row
+    told = "; ".join(f"{row.name}: {', '.join(_reasons(row, case))}" for row in rows)
+    raise ValueError(f"no attention implementation serves {case}: {told}")
+
+
+def explain(case: AttentionCase | None = None) -> str:
+    """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape."""
+    if case is None:
+        case = AttentionCase(
+            platform=jax.default_backend(), num_kv_heads=8, head_dim=128, block_size=16, dtype="float32"
+        )
+    lines, is_picked = [], False
+    for row in IMPLEMENTATIONS:
+        reasons = _reasons(row, case)
+        state = f"no: {'; '.join(reasons)}" if reasons else "usable" if is_picked else "picked"
+        is_picked |= not reasons
+        lines.append(f"{row.name:<12} {state:<8} ({row.summary})")
+    return "\n".join(lines)
+
+
+def cache_block_size(row: Implementation, kv: Any, num_kv_heads: int, head_dim: int) -> tuple[int, str] | None:
+    """(block size, logical dtype) of a layer cache made for `row`; None when it was made for another or is none."""
+    leaves, tree = jax.tree.flatten(kv)
+    if not leaves or any(not hasattr(leaf, "shape") or leaf.ndim < 2 for leaf in leaves):
+        return None
+    given = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    for dtype in CACHE_DTYPES:
+        for block_size in dict.fromkeys(leaves[0].shape[1:]):
+            expected = row.cache_shapes(leaves[0].shape[0], block_size, num_kv_heads, head_dim, jnp.dtype(dtype))
+            expected_leaves, expected_tree = jax.tree.flatten(expected)
+            if tree == expected_tree and given == [(leaf.shape, leaf.dtype) for leaf in expected_leaves]:
+                return block_size, dtype
+    return None
+
+
+def _check_arrays(query: Array, key: Array, value: Array, metadata: AttentionMetadata, sinks: Array | None) -> None:
+    """ValueError where shapes do not agree with one another."""
+    if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape:
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}, value {value.shape}: they must be [tokens, q_heads, head_dim] and "
+            "twice [tokens, kv_heads, head_dim]"
+        )
+    if key.shape[0] != query.shape[0] or key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {query.shape} and key {key.shape} must have equal tokens and head_dim, and a number of query heads "
+            "that is a multiple of the number of key-value heads"
+        )
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks {sinks.shape} must have one entry per query head: ({query.shape[1]},)")
+    num_seqs, num_tiles = metadata.context_lens.shape[0], metadata.tile_sequences.shape[0]
+    expected = {
+        "block_tables": (num_seqs, metadata.block_tables.shape[-1]),
+        "context_lens": (num_seqs,),
+        "query_starts": (num_seqs + 1,),
+        "slot_mapping": (query.shape[0],),
+        "num_decodes": (),
+        "tile_sequences": (num_tiles,),
+        "tile_starts": (num_tiles,),
+        "tile_lens": (num_tiles,),
+        "num_tiles": (),
+    }
+    for name, shape in expected.items():
+        array = getattr(metadata, name)
+        if array.shape != shape or array.dtype != jnp.int32:
+            raise ValueError(f"metadata.{name} is {array.dtype}{array.shape}: it must be int32{shape}")
+
+
+def _check_options(scale: float, window: int | None, soft_cap: float | None, metadata: AttentionMetadata) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite; head_dim ** -0.5 is usual")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be 1 or more tokens, the query's own included; None for no window")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap} must be above 0; None for no cap")
+    if metadata.tile_size < 1 or metadata.key_chunk_tokens < 1:
+        raise ValueError(
+            f"tile_size={metadata.tile_size} and key_chunk_tokens={metadata.key_chunk_tokens} must be 1 or more"
+        )
+
+
+def paged_attention(
+    query: Float[Array, "tokens q_heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    kv: Any,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "q_heads"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Any]:
+    """Write the new keys and values into their slots, then attend each token to its own sequence up to itself.
+
+    `kv` is a layer cache of `KVLayout`; donate it (in the enclosing jit) to have it updated in place. Scores are
+    `soft_cap * tanh(q k scale / soft_cap)`; with `window` a token sees itself and the window - 1 tokens before it; a
+    sink is one more score of its head that takes weight and brings no value. All arithmetic is float32, the output
+    has the query's dtype; rows of padding tokens are 0. Without `implementation`, the first one is used that `kv` was
+    laid out for and that serves the case. Raises ValueError for shapes, options and layouts that do not fit.
+    """
+    _check_arrays(query, key, value, metadata, sinks)
+    _check_options(scale, window, soft_cap, metadata)
+    num_kv_heads, head_dim = key.shape[1:]
+    rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
+    for row in rows:
+        found = cache_block_size(row, kv, num_kv_heads, head_dim)
+        if found is not None:
+            break
+    else:
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", kv)
+        raise ValueError(
+            f"kv {shapes} is no layer cache of {' or '.join(row.name for row in rows)} for {num_kv_heads} heads of "
+            f"{head_dim}: make it with KVLayout(..., implementation={rows[0].name!r}).init(num_blocks)"
+        )
+    block_size, dtype = found
+    if metadata.key_chunk_tokens % block_size:
+        raise ValueError(
+            f"key_chunk_tokens={metadata.key_chunk_tokens} must be a multiple of the block size {block_size}"
+        )
+    case = AttentionCase(
+        platform=jax.default_backend(),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        num_q_heads=query.shape[1],
+        window=window,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+    )
+    return pick(case, row.name).attend(
+        query, key, value, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+    )

@@ -1,0 +1,71 @@
+"""How one backend stores a layer's keys and values."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """The cache of one layer: a pytree whose leaves all have the block as their leading axis.
+
+    What stands in a block only the implementation knows; swap and copy treat it as opaque. Raises ValueError when
+    `implementation` is unknown or does not serve these shapes.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    """Logical dtype of keys and values; the stored one may be its bits."""
+    implementation: str | None = None
+    """A name of IMPLEMENTATIONS; None for the one picked on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "head_dim", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        _ = self.row
+
+    @property
+    def row(self) -> Implementation:
+        """The implementation this layout is made for."""
+        case = AttentionCase(
+            platform=jax.default_backend(),
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype=self.dtype,
+        )
+        return pick(case, self.implementation)
+
+    def shapes(self, num_blocks: int) -> Any:
+        """A tree of jax.ShapeDtypeStruct: the layer cache without its memory."""
+        return self.row.cache_shapes(
+            num_blocks, self.block_size, self.num_kv_heads, self.head_dim, jnp.dtype(self.dtype)
+        )
+
+    def init(self, num_blocks: int) -> Any:
+        """A layer cache of zeros, block 0 (the null block) among the `num_blocks`."""
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes(num_blocks))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in one layer."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes(1)))
+
+    def pack(self, key: np.ndarray, value: np.ndarray) -> Any:
+        """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
+        dtype = jnp.dtype(self.dtype)
+        return jax.tree.map(jnp.asarray, self.row.pack(key.astype(dtype), value.astype(dtype)))
+
+    def unpack(self, kv: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache, in the logical dtype."""
+        return self.row.unpack(jax.tree.map(np.asarray, kv))

@@ -1,0 +1,299 @@
+"""Paged attention in plain XLA, made for CPU: dynamic loops over work that is there, online softmax, float32.
+
+Layer cache: keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size, head_dim]. With the
+tokens of a key block as the minor axis, both products of a chunk are row-major matrix products. bfloat16 is stored as
+its bits (uint16), because jaxlib 0.10.2 rewrites a whole bfloat16 array for every scatter on CPU.
+
+Two loops, both with dynamic trip counts, so that padding costs nothing:
+
+    decodes   the chunks of all decode sequences form one list; a turn takes the next DECODE_ITEMS of them, whichever
+              sequences they belong to, and merges the partial softmaxes (only one sequence can be open between turns)
+    tiles     one tile of up to tile_size tokens after the other, each over its chunks of key_chunk_tokens keys
+
+In the second loop nothing that reaches a row depends on what else is in the tile or the batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pallas_kernels.paged_attention.metadata import AttentionMetadata
+
+DECODE_CHUNK_TOKENS = 64
+"""Keys of one decode item, rounded to whole blocks."""
+DECODE_ITEMS = 8
+"""Decode items per turn."""
+MASKED = -1e30
+"""Score of a key that is not seen: finite, so that a difference of two of them is 0 and not NaN."""
+
+Cache = tuple[
+    Shaped[Array, "blocks kv_heads head_dim block_size"],
+    Shaped[Array, "blocks kv_heads block_size head_dim"],
+]
+
+
+def _stored(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
+
+
+def cache_shapes(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a layer cache."""
+    return (
+        jax.ShapeDtypeStruct((num_blocks, num_kv_heads, head_dim, block_size), _stored(dtype)),
+        jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, head_dim), _stored(dtype)),
+    )
+
+
+def pack(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
+    dtype = _stored(key.dtype)
+    keys = np.ascontiguousarray(key.transpose(0, 2, 3, 1))
+    values = np.ascontiguousarray(value.transpose(0, 2, 1, 3))
+    return keys.view(dtype), values.view(dtype)
+
+
+def unpack(kv: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
+    dtype = jnp.bfloat16 if kv[0].dtype == np.uint16 else kv[0].dtype
+    return kv[0].view(dtype).transpose(0, 3, 1, 2), kv[1].view(dtype).transpose(0, 2, 1, 3)
+
+
+def _encode(array: Array, stored: jnp.dtype) -> Array:
+    """`array` as it is stored."""
+    if stored == jnp.uint16:
+        return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
+    return array.astype(stored)
+
+
+def _decode(array: Array) -> Array:
+    """A stored array as float32."""
+    if array.dtype == jnp.uint16:
+        array = lax.bitcast_convert_type(array, jnp.bfloat16)
+    return array.astype(jnp.float32)
+
+
+def _write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"]) -> Cache:
+    """The cache with each token's key and value in its slot. Padding tokens share slot 0: no unique_indices here."""
+    keys, values = kv
+    block_size = keys.shape[-1]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    keys = keys.at[blocks, :, :, offsets].set(_encode(key, keys.dtype))
+    values = values.at[blocks, :, offsets, :].set(_encode(value, values.dtype))
+    return keys, values
+
+
+def _gather(
+    kv: Cache, ids: Int[Array, "items blocks"], is_used: Bool[Array, "items keys"]
+) -> tuple[Float[Array, "items kv_heads head_dim keys"], Float[Array, "items kv_heads keys head_dim"]]:
+    """Keys and values of each item's blocks, contiguous, float32; values of keys that are not used are 0.
+
+    Whatever a value is, 0 * NaN is NaN: so an unused value is cleared here, an unused score later.
+    """
+    keys, values = kv
+    _, num_kv_heads, head_dim, block_size = keys.shape
+    num_items, num_blocks = ids.shape
+    ids = jnp.where(is_used.reshape(num_items, num_blocks, block_size).any(-1), ids, 0)
+    gathered = keys.at[ids].get(mode="promise_in_bounds")
+    gathered = gathered.transpose(0, 2, 3, 1, 4).reshape(num_items, num_kv_heads, head_dim, -1)
+    # one (block, head) slab a row: XLA's CPU gather copies long rows at twice the speed of [block_size, head_dim] ones
+    slabs = values.reshape(-1, block_size * head_dim)
+    rows = ids[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
+    gathered_values = slabs.at[rows].get(mode="promise_in_bounds").reshape(num_items, num_kv_heads, -1, head_dim)
+    return _decode(gathered), jnp.where(is_used[:, None, :, None], _decode(gathered_values), 0.0)
+
+
+class _Partial(NamedTuple):
+    """A softmax under way, for any leading axes."""
+
+    weighted: Float[Array, "... head_dim"]
+    """Sum of exp(score - highest) * value."""
+    highest: Float[Array, "..."]
+    total: Float[Array, "..."]
+    """Sum of exp(score - highest)."""
+
+
+def _attend_chunk(
+    query: Float[Array, "items kv_heads rows head_dim"],
+    keys: Float[Array, "items kv_heads head_dim keys"],
+    values: Float[Array, "items kv_heads keys head_dim"],
+    is_seen: Bool[Array, "items #rows keys"],
+    soft_cap: float | None,
+    highest: Float[Array, "items kv_heads rows"] | None = None,
+) -> _Partial:
+    """The partial softmax of one chunk; with `highest`, that of the chunks before, relative to the common maximum."""
+    scores = jnp.einsum("ihrd,ihdk->ihrk", query, keys, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(is_seen[:, None], scores, MASKED)
+    chunk_highest = scores.max(-1)
+    highest = chunk_highest if highest is None else jnp.maximum(highest, chunk_highest)
+    # the second mask is for a row that has not seen a key yet: there MASKED - highest is 0
+    weights = jnp.where(is_seen[:, None], jnp.exp(scores - highest[..., None]), 0.0)
+    weighted = jnp.einsum("ihrk,ihkd->ihrd", weights, values, preferred_element_type=jnp.float32)
+    return _Partial(weighted, highest, weights.sum(-1))
+
+
+def _finish(partial: _Partial, sinks: Float[Array, "..."] | None) -> Float[Array, "... head_dim"]:
+    """The attention output; sinks take their part of the total."""
+    weighted, highest, total = partial
+    if sinks is not None:
+        common = jnp.maximum(highest, sinks)
+        shrink = jnp.exp(highest - common)
+        weighted, total = weighted * shrink[..., None], total * shrink + jnp.exp(sinks - common)
+    return weighted / jnp.where(total == 0.0, 1.0, total)[..., None]
+
+
+def _merge(partials: _Partial, sequences: Int[Array, "items"]) -> _Partial:
+    """For each item, the merged partial of all items of its sequence."""
+    is_same = (sequences[:, None] == sequences)[:, :, None, None]
+    highest = jnp.where(is_same, partials.highest, MASKED).max(1)
+    weights = jnp.where(is_same, jnp.exp(jnp.minimum(partials.highest - highest[:, None], 0.0)), 0.0)
+    return _Partial(
+        (weights[..., None] * partials.weighted).sum(1), highest, (weights * partials.total).sum(1)
+    )
+
+
+def _attend_decodes(
+    query: Float[Array, "tokens q_heads head_dim"],
+    kv: Cache,
+    metadata: AttentionMetadata,
+    output: Float[Array, "rows q_heads head_dim"],
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "q_heads"] | None,
+) -> Float[Array, "rows q_heads head_dim"]:
+    """`output` with the rows of the decode tokens filled in; its last row is scratch."""
+    num_kv_heads, head_dim, block_size = kv[0].shape[1:]
+    num_seqs, blocks_per_seq = metadata.block_tables.shape
+    chunk_blocks = max(1, DECODE_CHUNK_TOKENS // block_size)
+    chunk = chunk_blocks * block_size
+    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -blocks_per_seq % chunk_blocks)))
+    tables = tables.reshape(num_seqs, -1, chunk_blocks)
+    head_sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1)
+
+    # the list of items: sequence after sequence, chunk after chunk
+    lens = jnp.where(jnp.arange(num_seqs) < metadata.num_decodes, metadata.context_lens, 0)
+    first_keys = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0)
+    first_chunks = first_keys // chunk
+    num_chunks = -(-lens // chunk) - jnp.where(lens > 0, first_chunks, 0)
+    ends = jnp.cumsum(num_chunks)
+    starts, num_items = ends - num_chunks, ends[-1]
+
+    def turn(index: Array, carry: tuple[Array, _Partial, Array]) -> tuple[Array, _Partial, Array]:
+        output, pending, pending_sequence = carry
+        items = index * DECODE_ITEMS + jnp.arange(DECODE_ITEMS)
+        is_item = items < num_items
+        sequences = jnp.minimum((ends <= items[:, None]).sum(1, dtype=jnp.int32), num_seqs - 1)
+        chunks = jnp.where(is_item, first_chunks[sequences] + items - starts[sequences], 0)
+        positions = chunks[:, None] * chunk + jnp.arange(chunk)
+        is_seen = (positions < lens[sequences][:, None]) & is_item[:, None]
+        if window is not None:
+            is_seen &= positions >= first_keys[sequences][:, None]
+        keys, values = _gather(kv, tables[sequences, chunks], is_seen)
+        rows = query[sequences].astype(jnp.float32).reshape(DECODE_ITEMS, num_kv_heads, -1, head_dim) * scale
+        partials = _attend_chunk(rows, keys, values, is_seen[:, None], soft_cap)
+        # the sequence left open by the turn before joins as one more item; rows that are none are sequence -1
+        partials = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), pending, partials)
+        sequences = jnp.where(is_item, sequences, -1)
+        merged = _merge(partials, jnp.concatenate([pending_sequence[None], sequences]))
+        # items of one sequence all hold the same result; an unfinished one is overwritten in a later turn
+        finished = _finish(_Partial(*(leaf[1:] for leaf in merged)), head_sinks)
+        targets = jnp.where(is_item, sequences, output.shape[0] - 1)
+        output = output.at[targets].set(finished.reshape(DECODE_ITEMS, *output.shape[1:]), mode="promise_in_bounds")
+        return output, jax.tree.map(lambda leaf: leaf[-1], merged), sequences[-1]
+
+    heads = (num_kv_heads, query.shape[1] // num_kv_heads)
+    nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
+    num_turns = -(-num_items // DECODE_ITEMS)
+    return lax.fori_loop(0, num_turns, turn, (output, nothing, jnp.int32(-1)))[0]
+
+
+def _attend_tiles(
+    query: Float[Array, "tokens q_heads head_dim"],
+    kv: Cache,
+    metadata: AttentionMetadata,
+    output: Float[Array, "rows q_heads head_dim"],
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "q_heads"] | None,
+) -> Float[Array, "rows q_heads head_dim"]:
+    """`output` with the rows of the tokens of all tiles filled in; it has tile_size rows more than there are tokens."""
+    num_kv_heads, head_dim, block_size = kv[0].shape[1:]
+    num_q_heads, tile_size, chunk = query.shape[1], metadata.tile_size, metadata.key_chunk_tokens
+    group = num_q_heads // num_kv_heads
+    chunk_blocks = chunk // block_size
+    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -metadata.block_tables.shape[1] % chunk_blocks)))
+    query = jnp.pad(query, ((0, tile_size), (0, 0), (0, 0)))
+    row_sinks = None
+    if sinks is not None:
+        row_sinks = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group), (1, tile_size))
+
+    def attend_tile(index: Array, output: Array) -> Array:
+        sequence, start = metadata.tile_sequences[index], metadata.tile_starts[index]
+        context, length = metadata.context_lens[sequence], metadata.tile_lens[index]
+        first = context - metadata.query_starts[sequence + 1] + start  # position of the tile's first token
+        end = first + length
+        # a row is (token, head within its group); all rows of a key-value head stand in one matrix
+        rows = lax.dynamic_slice_in_dim(query, start, tile_size).astype(jnp.float32) * scale
+        rows = rows.reshape(tile_size, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+        rows = rows.reshape(1, num_kv_heads, tile_size * group, head_dim)
+        row_positions = jnp.repeat(first + jnp.arange(tile_size), group)
+
+        def attend_keys(index: Array, before: _Partial) -> _Partial:
+            ids = lax.dynamic_slice(tables, (sequence, index * chunk_blocks), (1, chunk_blocks))
+            positions = index * chunk + jnp.arange(chunk)
+            is_seen = positions <= row_positions[:, None]
+            is_used = positions < end
+            if window is not None:
+                is_seen &= positions > row_positions[:, None] - window
+            keys, values = _gather(kv, ids, is_used[None])
+            now = _attend_chunk(rows, keys, values, is_seen[None], soft_cap, before.highest)
+            shrink = jnp.exp(before.highest - now.highest)
+            weighted = before.weighted * shrink[..., None] + now.weighted
+            return _Partial(weighted, now.highest, before.total * shrink + now.total)
+
+        heads = (1, num_kv_heads, tile_size * group)
+        nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
+        first_chunk = jnp.int32(0) if window is None else jnp.maximum(first - window + 1, 0) // chunk
+        partial = lax.fori_loop(first_chunk, -(-end // chunk), attend_keys, nothing)
+        tile = _finish(partial, row_sinks).reshape(num_kv_heads, tile_size, group, head_dim)
+        tile = tile.transpose(1, 0, 2, 3).reshape(tile_size, num_q_heads, head_dim)
+        # rows past the tile's end belong to other tokens
+        old = lax.dynamic_slice_in_dim(output, start, tile_size)
+        tile = jnp.where((jnp.arange(tile_size) < length)[:, None, None], tile, old)
+        return lax.dynamic_update_slice_in_dim(output, tile, start, 0)
+
+    return lax.fori_loop(0, metadata.num_tiles, attend_tile, output)
+
+
+def attend(
+    query: Float[Array, "tokens q_heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    kv: Cache,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "q_heads"] | None,
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
+    """The op as `api.paged_attention` defines it."""
+    kv = _write(kv, key, value, metadata.slot_mapping)
+    num_tokens, num_q_heads, head_dim = query.shape
+    output = jnp.zeros((num_tokens + metadata.tile_size, num_q_heads, head_dim), jnp.float32)
+    for attend_some in (_attend_decodes, _attend_tiles):
+        output = attend_some(
+            query, kv, metadata, output, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+        )
+    return output[:num_tokens].astype(query.dtype), kv

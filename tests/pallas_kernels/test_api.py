@@ -1,0 +1,119 @@
+"""The doors of the op: what does not fit is refused with the value and the remedy."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import IMPLEMENTATIONS, AttentionCase, KVLayout, explain, make_metadata, paged_attention, pick
+
+LAYOUT = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
+CASE = AttentionCase(platform="cpu", num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
+METADATA = jax.tree.map(
+    jnp.asarray,
+    make_metadata(
+        block_tables=np.array([[1]], np.int32), context_lens=[3], query_lens=[3], block_size=8, key_chunk_tokens=8
+    ),
+)
+GOOD = {
+    "query": jnp.zeros((3, 4, 4)),
+    "key": jnp.zeros((3, 2, 4)),
+    "value": jnp.zeros((3, 2, 4)),
+    "metadata": METADATA,
+    "scale": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": jnp.zeros((3, 4))}, "must be \\[tokens, q_heads"),
+        ({"query": jnp.zeros((3, 3, 4))}, "multiple of the number of key-value heads"),
+        ({"query": jnp.zeros((4, 4, 4))}, "equal tokens"),
+        ({"value": jnp.zeros((3, 1, 4))}, "must be \\[tokens, q_heads"),
+        ({"sinks": jnp.zeros(2)}, "one entry per query head"),
+        ({"window": 0}, "window=0 must be 1 or more"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
+        ({"scale": float("nan")}, "scale=nan must be finite"),
+        ({"kv": jnp.zeros((2, 8, 4))}, "make it with KVLayout"),
+        ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
+        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'xla', 'reference'"),
+        ({"implementation": "reference"}, "is no layer cache of reference"),
+        ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
+        ({"metadata": replace(METADATA, tile_size=0)}, "must be 1 or more"),
+        ({"metadata": replace(METADATA, slot_mapping=jnp.zeros(4, jnp.int32))}, "slot_mapping is int32\\(4,\\)"),
+        ({"metadata": replace(METADATA, context_lens=jnp.zeros(1))}, "context_lens is float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, message: str) -> None:
+    arguments = {**GOOD, "kv": LAYOUT.init(2), **change}
+    query, key, value, kv, metadata = (arguments.pop(name) for name in ("query", "key", "value", "kv", "metadata"))
+    with pytest.raises(ValueError, match=message):
+        paged_attention(query, key, value, kv, metadata, **arguments)
+
+
+def test_the_first_row_that_serves_a_case_is_picked_and_a_row_can_be_asked_for() -> None:
+    assert pick(CASE).name == IMPLEMENTATIONS[0].name
+    assert pick(CASE, "reference").name == "reference"
+    with pytest.raises(ValueError, match="xla: keeps keys and values as float32 or bfloat16, not float16; reference:"):
+        pick(replace(CASE, dtype="float16"))
+
+
+def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
+    lines = explain(replace(CASE, platform="abacus", dtype="float16")).splitlines()
+    assert len(lines) == len(IMPLEMENTATIONS)
+    assert all("not on abacus" in line and "not float16" in line for line in lines)
+    assert explain().splitlines()[0].split()[1] == "picked"
+
+
+@pytest.mark.parametrize("name", [row.name for row in IMPLEMENTATIONS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(name: str, dtype: str) -> None:
+    layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype, implementation=name)
+    key, value = np.random.default_rng(0).standard_normal((2, 5, 8, 2, 4)).astype(jnp.dtype(dtype))
+    kv = layout.pack(key, value)
+    np.testing.assert_array_equal(layout.unpack(kv)[0], key)
+    np.testing.assert_array_equal(layout.unpack(kv)[1], value)
+    zeros = layout.init(5)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), zeros) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), kv
+    )
+    assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(kv))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
+    assert layout.block_bytes == 2 * 8 * 2 * 4 * jnp.dtype(dtype).itemsize
+
+
+def test_a_layout_of_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match="block_size=0 must be 1 or more"):
+        KVLayout(num_kv_heads=2, head_dim=4, block_size=0, dtype="float32")
+    with pytest.raises(ValueError, match="not float16"):
+        KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float16")
+    with pytest.raises(ValueError, match="'paper' is unknown"):
+        KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32", implementation="paper")
+
+
+def test_metadata_puts_leading_single_tokens_among_the_decodes_and_cuts_the_rest_into_tiles() -> None:
+    # tokens: 0 | 1 | 2 3 4 5 6 | 7, padded to 10; blocks of 4 tokens
+    metadata = make_metadata(
+        block_tables=np.array([[5, 0], [6, 7], [8, 9], [3, 0]], np.int32),
+        context_lens=[1, 5, 7, 2],
+        query_lens=[1, 1, 5, 1],
+        block_size=4,
+        num_tokens=10,
+        num_seqs=5,
+        tile_size=2,
+        key_chunk_tokens=8,
+    )
+    assert metadata.num_decodes == 2
+    assert metadata.query_starts.tolist() == [0, 1, 2, 7, 8, 8]
+    assert metadata.slot_mapping.tolist() == [20, 28, 34, 35, 36, 37, 38, 13, 0, 0]
+    tiles = (metadata.tile_sequences, metadata.tile_starts, metadata.tile_lens)
+    assert [tile[: metadata.num_tiles].tolist() for tile in tiles] == [[2, 2, 2, 3], [2, 4, 6, 7], [2, 2, 1, 1]]
+    with pytest.raises(ValueError, match="sequence 0 has 3 new of 9 tokens"):
+        make_metadata(block_tables=np.array([[1, 2]]), context_lens=[9], query_lens=[3], block_size=4)
+    with pytest.raises(ValueError, match="do not fit a bucket of 2 tokens"):
+        make_metadata(
+            block_tables=np.array([[1]]), context_lens=[3], query_lens=[3], block_size=4, num_tokens=2, num_seqs=1
+        )

@@ -1,0 +1,114 @@
+"""Every implementation of the table equals the reference on every case it claims, and the reference equals numbers
+worked by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import IMPLEMENTATIONS, AttentionMetadata, KVLayout, make_metadata, paged_attention
+from pallas_kernels.cases import CASES, Batch, BatchCase, make_batch
+
+NAMES = [row.name for row in IMPLEMENTATIONS]
+
+
+def run(batch: Batch, implementation: str) -> tuple[np.ndarray, object]:
+    attend = jax.jit(partial(paged_attention, **batch.options, implementation=implementation))
+    output, kv = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
+    return np.asarray(output.astype(jnp.float32)), kv
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_reference_and_reads_no_poison(case: BatchCase, name: str) -> None:
+    batch = make_batch(case, name)
+    output, kv = run(batch, name)
+    expected, expected_kv = run(make_batch(case, "reference"), "reference")
+    assert np.isfinite(expected[: batch.num_tokens]).all()
+    assert not output[batch.num_tokens :].any(), "rows of padding tokens must be 0"
+    # float32 sums in another order; bfloat16 rounds the output to 8 bits
+    tolerance = 5e-6 if case.dtype == "float32" else 1e-2
+    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
+    keys, values = layout(case, name).unpack(kv)
+    expected_keys, expected_values = layout(case, "reference").unpack(expected_kv)
+    # block 0 is the null block: any padding row may be the one that stays there
+    np.testing.assert_array_equal(keys[1:].astype(np.float32), expected_keys[1:].astype(np.float32))
+    np.testing.assert_array_equal(values[1:].astype(np.float32), expected_values[1:].astype(np.float32))
+
+
+def layout(case: BatchCase, name: str) -> KVLayout:
+    return KVLayout(
+        num_kv_heads=case.heads.num_kv_heads,
+        head_dim=case.heads.head_dim,
+        block_size=case.block_size,
+        dtype=case.dtype,
+        implementation=name,
+    )
+
+
+def small(
+    name: str, keys: list[list[float]], values: list[list[float]], query_lens: list[int]
+) -> tuple[object, AttentionMetadata]:
+    """A layer cache of block size 2 and one head of dim 2: each sequence's tokens, all new, and their metadata."""
+    del keys, values
+    lens = query_lens
+    counts = [-(-length // 2) for length in lens]
+    tables = np.zeros((len(lens), max(counts)), np.int32)
+    block = 1
+    for row, count in enumerate(counts):
+        tables[row, :count] = range(block, block + count)
+        block += count
+    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(block)
+    metadata = make_metadata(
+        block_tables=tables, context_lens=lens, query_lens=lens, block_size=2, tile_size=2, key_chunk_tokens=2
+    )
+    return kv, jax.tree.map(jnp.asarray, metadata)
+
+
+LOG2 = float(np.log(2.0))
+HAND = {
+    # scores are query * key (the second axis is 0); equal scores give the mean of the values seen so far
+    "mean of what was seen": ({}, [0.0, 0.0, 0.0], [(1.0, 8.0), (3.0, 4.0), (5.0, 0.0)],
+                              [(1.0, 8.0), (2.0, 6.0), (3.0, 4.0)]),
+    # keys log 2, 0, 0 weigh 2, 1, 1: (2 * 4 + 0 + 8) / 4 = 4, (2 * 0 + 4 + 4) / 4 = 2
+    "weights are powers of two": ({}, [LOG2, 0.0, 0.0], [(4.0, 0.0), (0.0, 4.0), (8.0, 4.0)],
+                                  [(4.0, 0.0), (8 / 3, 4 / 3), (4.0, 2.0)]),
+    # a window of 2: the last token sees the last two only
+    "window": ({"window": 2}, [LOG2, 0.0, 0.0], [(4.0, 0.0), (0.0, 4.0), (8.0, 4.0)],
+               [(4.0, 0.0), (8 / 3, 4 / 3), (4.0, 4.0)]),
+    # a sink of log 2 weighs 2 and brings nothing: 1 * v0 / (1 + 2), (v0 + v1) / 4, (v0 + v1 + v2) / 5
+    "sink": ({"sinks": jnp.array([LOG2], jnp.float32)}, [0.0, 0.0, 0.0], [(3.0, 6.0), (1.0, 2.0), (1.0, 7.0)],
+             [(1.0, 2.0), (1.0, 2.0), (1.0, 3.0)]),
+    # a cap of c turns a score of c * artanh(log 2 / c) into log 2: weights 2, 1, 1 again
+    "soft cap": ({"soft_cap": 1.0}, [float(np.arctanh(LOG2)), 0.0, 0.0], [(4.0, 0.0), (0.0, 4.0), (8.0, 4.0)],
+                 [(4.0, 0.0), (8 / 3, 4 / 3), (4.0, 2.0)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("hand", HAND)
+def test_gives_the_numbers_worked_by_hand(hand: str, name: str) -> None:
+    options, scores, values, expected = HAND[hand]
+    kv, metadata = small(name, [], [], [3])
+    query = jnp.broadcast_to(jnp.array([1.0, 5.0], jnp.float32), (3, 1, 2))
+    key = jnp.array([[[score, 0.0]] for score in scores], jnp.float32)
+    output, _ = paged_attention(
+        query, key, jnp.array(values, jnp.float32)[:, None], kv, metadata, scale=1.0, implementation=name, **options
+    )
+    np.testing.assert_allclose(output[:, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_but_padding_gives_zeros_and_leaves_the_blocks_alone(name: str) -> None:
+    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(3)
+    metadata = make_metadata(
+        block_tables=np.zeros((0, 2), np.int32), context_lens=[], query_lens=[], block_size=2, num_tokens=3, num_seqs=2
+    )
+    padding = jnp.full((3, 1, 2), jnp.nan)
+    output, after = paged_attention(
+        padding, padding, padding, kv, jax.tree.map(jnp.asarray, metadata), scale=1.0, implementation=name
+    )
+    assert not np.asarray(output).any()
+    assert all(not np.asarray(leaf)[1:].any() for leaf in jax.tree.leaves(after))

@@ -1,0 +1,35 @@
+"""The README tells the truth: its tables are generated, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+from jaxpaged.config import OPTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def options_table() -> str:
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    rows += [f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |" for option in OPTIONS]
+    return "\n".join(rows)
+
+
+def test_the_table_of_options_is_that_of_the_config():
+    found = re.search(r"<!-- options: begin -->\n(.*?)\n?<!-- options: end -->", README, re.DOTALL)
+    assert found is not None
+    assert found.group(1) == options_table()
+
+
+def test_every_link_to_a_file_leads_to_one():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_both_commands_are_one_line_each():
+    for name in ("generate", "test"):
+        block = re.search(rf"<!-- run: {name} -->\n```bash\n(.*?)\n```", README, re.DOTALL)
+        assert block is not None
+        assert "\n" not in block.group(1)
