@@ -210,11 +210,12 @@ class LLM:
         started = time.perf_counter()
         engine = self.engine
         buckets = engine.buckets_for(request_ids)
-        cold = engine.runner.cold_buckets(buckets)
+        with_sampler = engine.needs_sampler(request_ids)
+        cold = engine.runner.cold_buckets(buckets, with_sampler=with_sampler)
         with tqdm(
             total=len(cold), desc="Warming up", unit="bucket", disable=not (self._show_progress and cold), leave=False
         ) as bar:
-            engine.warm_up(cold, lambda bucket, seconds: bar.update() and None)
+            engine.warm_up(cold, lambda bucket, seconds: bar.update() and None, with_sampler=with_sampler)
         if engine.can_run_out_of_blocks(request_ids):
             engine.warm_up_preemption()
         self.last_warm_up_s = time.perf_counter() - started

@@ -10,6 +10,11 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# engines of equal shapes are made again and again: each shape is compiled once
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -181,7 +181,7 @@ def test_nothing_compiles_after_warm_up(model, prompts):
 
 
 def test_a_compile_after_warm_up_is_counted(model):
-    engine = make_engine(model)
+    engine = make_engine(model, block_size=64)  # a shape that no other test has compiled
     run(engine, [[1, 2, 3]], GREEDY)
     assert engine.stats().num_compiles_after_warmup > 0
 
@@ -196,8 +196,10 @@ def test_every_request_ends_once_whatever_happens(model, run_ahead):
     for step in range(150):
         if step < 100 and rng.random() < 0.4:
             params = SamplingParams(
-                temperature=float(rng.integers(0, 2)), n=int(rng.integers(1, 4)), max_tokens=int(rng.integers(1, 20)),
-                stop_token_ids=[int(rng.integers(0, 199))],
+                temperature=float(rng.integers(0, 2)),
+                n=int(rng.integers(1, 4)),
+                max_tokens=int(rng.integers(1, 20)),
+                stop_token_ids=rng.integers(0, 199, 12).tolist(),
             )
             prompt = rng.integers(0, 199, int(rng.integers(1, 40))).tolist()
             live.add(engine.add_request(prompt, params, priority=int(rng.integers(0, 3))))

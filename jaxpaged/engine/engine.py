@@ -21,6 +21,7 @@ from jaxpaged.engine.stats import CompileCounter, EngineStats, FinishedCounts, H
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
+from jaxpaged.runner.input_batch import needs_sampler
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.model_runner import InFlight, ModelRunner, RunnerShapes
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
@@ -448,10 +449,20 @@ class Engine:
 
     # ---- upkeep
 
-    def warm_up(self, buckets: Iterable[Bucket], on_bucket: Callable[[Bucket, float], None] | None = None) -> None:
-        """Compile and run each bucket that has not run yet."""
-        for bucket in self.runner.cold_buckets(buckets):
-            seconds = self.runner.warm_up(bucket)
+    def needs_sampler(self, request_ids: Iterable[str] | None) -> bool:
+        """Whether these requests (any, if None) ask for more than the likeliest token."""
+        return request_ids is None or any(needs_sampler(self._live[request_id].request) for request_id in request_ids)
+
+    def warm_up(
+        self,
+        buckets: Iterable[Bucket],
+        on_bucket: Callable[[Bucket, float], None] | None = None,
+        *,
+        with_sampler: bool = True,
+    ) -> None:
+        """Compile and run each bucket that has not run yet, and the sampler for its logit rows where it is needed."""
+        for bucket in self.runner.cold_buckets(buckets, with_sampler=with_sampler):
+            seconds = self.runner.warm_up(bucket, with_sampler=with_sampler)
             if on_bucket is not None:
                 on_bucket(bucket, seconds)
 

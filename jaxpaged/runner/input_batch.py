@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from jaxpaged.core.request import Sequence
+from jaxpaged.core.request import Request, Sequence
 from jaxpaged.core.scheduler_output import ScheduledSequence
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.sampler import SamplingBatch
@@ -47,6 +47,21 @@ class Attending:
     """False sends decodes through chunk tiles too, so that every query meets the same shapes (batch-invariant)."""
 
 
+def sampling_lengths(num_rows: int) -> dict[str, int]:
+    """The fields that the sampler reads, and their lengths: they follow from the number of logit rows alone."""
+    names = ("rows", "write_rows", "sample_positions", "ban_stops", "target_ids", "has_target")
+    return {"flags": len(FLAGS)} | dict.fromkeys(names + INT_COLUMNS + FLOAT_COLUMNS, num_rows)
+
+
+def _places(lengths: dict[str, int], start: int) -> dict[str, tuple[int, int]]:
+    """Name -> (start, length) of fields that lie one behind the other."""
+    found = {}
+    for name, length in lengths.items():
+        found[name] = (start, length)
+        start += length
+    return found
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """Where each field of one bucket lies in the packed vector."""
@@ -64,7 +79,7 @@ class PackedLayout:
     @cached_property
     def fields(self) -> dict[str, tuple[int, int]]:
         """Name -> (start, length)."""
-        tokens, rows, seqs = self.bucket.num_tokens, self.bucket.num_logits, self.bucket.num_seqs
+        tokens, seqs = self.bucket.num_tokens, self.bucket.num_seqs
         lengths = {
             "token_ids": tokens,
             "token_seqs": tokens,
@@ -79,21 +94,15 @@ class PackedLayout:
             "tile_lens": self.num_tile_slots,
             "num_decodes": 1,
             "num_tiles": 1,
-            "flags": len(FLAGS),
-            "logit_tokens": rows,
-            "rows": rows,
-            "write_rows": rows,
-            "sample_positions": rows,
-            "ban_stops": rows,
-            "target_ids": rows,
-            "has_target": rows,
-            **dict.fromkeys(INT_COLUMNS + FLOAT_COLUMNS, rows),
+            "logit_tokens": self.bucket.num_logits,
+            **sampling_lengths(self.bucket.num_logits),
         }
-        found, start = {}, 0
-        for name, length in lengths.items():
-            found[name] = (start, length)
-            start += length
-        return found
+        return _places(lengths, 0)
+
+    @property
+    def sampling_start(self) -> int:
+        """Where the sampler's part begins; it ends with the vector."""
+        return self.fields["flags"][0]
 
     @property
     def size(self) -> int:
@@ -115,7 +124,32 @@ class InputBatch:
     attention: AttentionMetadata
     logit_tokens: Int32[Array, "rows"]
     """Which token's hidden state each logit row is made of."""
-    sampling: SamplingBatch
+
+
+def _row_flags(request: Request) -> tuple[bool, ...]:
+    """The first ROW_FLAGS of FLAGS, as far as one request needs them."""
+    params = request.params
+    is_random = params.temperature > 0
+    return (
+        is_random,
+        is_random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
+        params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1,
+        bool(params.logit_bias),
+        params.allowed_token_ids is not None,
+        bool(request.bad_words_token_ids),
+    )
+
+
+def _banned_until(request: Request) -> int:
+    """Output tokens before which stop tokens are banned; 0 where there are none to ban."""
+    return request.params.min_tokens if request.stop_token_ids else 0
+
+
+def needs_sampler(request: Request) -> bool:
+    """Whether a step with this request is not plain."""
+    params = request.params
+    has_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return any(_row_flags(request)) or _banned_until(request) > 0 or has_logprobs
 
 
 class RowTables:
@@ -147,22 +181,14 @@ class RowTables:
         self._owners[row] = (sequence, sequence.num_preemptions)
         request = sequence.request
         params = request.params
+        flags = _row_flags(request)
         seed = np.array([request.seed & 0xFFFFFFFF, (request.seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.ints[row] = (seed[0], seed[1], sequence.sample_index, request.num_prompt_tokens,
                           min(params.top_k, 2**31 - 1))
         self.floats[row] = (params.temperature, params.top_p, params.min_p, params.presence_penalty,
                             params.frequency_penalty, params.repetition_penalty)
-        is_random = params.temperature > 0
-        flags = (
-            is_random,
-            is_random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
-            params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1,
-            bool(params.logit_bias),
-            params.allowed_token_ids is not None,
-            bool(request.bad_words_token_ids),
-        )
         self.flags[row] = flags
-        self.min_tokens[row] = params.min_tokens if request.stop_token_ids else 0
+        self.min_tokens[row] = _banned_until(request)
         self.wants_logprobs[row] = params.logprobs is not None
         self.block_tables[row] = 0
         table = sequence.block_ids
@@ -181,6 +207,8 @@ class BuiltBatch:
     layout: PackedLayout
     spans: tuple[tuple[int, int, int], ...]
     """Per scheduled sequence, in plan order: (first logit row, prompt-logprob rows, sampled rows)."""
+    is_plain: bool
+    """Whether every row is greedy, without lists, penalties or log-probabilities: then the step needs no sampler."""
     has_logprobs: bool
 
 
@@ -260,8 +288,9 @@ def build(
     num_decodes = num_singles if has_decode_tiles else 0
     fields["num_decodes"][0] = num_decodes
     _cut_tiles(fields, query_starts, counts, num_decodes, layout.attending.tile_size)
-    spans, has_logprobs = _fill_logit_rows(fields, scheduled, order, query_starts, tables)
-    return BuiltBatch(packed, layout, spans, has_logprobs)
+    spans = _fill_logit_rows(fields, scheduled, order, query_starts, tables)
+    flags = fields["flags"]
+    return BuiltBatch(packed, layout, spans, is_plain=not flags.any(), has_logprobs=bool(flags[-1]))
 
 
 def _cut_tiles(
@@ -285,7 +314,8 @@ def _fill_logit_rows(
     order: list[int],
     query_starts: np.ndarray,
     tables: RowTables,
-) -> tuple[tuple[tuple[int, int, int], ...], bool]:
+) -> tuple[tuple[int, int, int], ...]:
+    """Fill the fields of the logit rows; returns `BuiltBatch.spans`."""
     dummy = tables.num_rows
     tokens: list[int] = []
     rows: list[int] = []
@@ -341,25 +371,18 @@ def _fill_logit_rows(
     bans = (fields["sample_positions"][:num_rows] - fields["prompt_len"][:num_rows]) < tables.min_tokens[row_array]
     fields["ban_stops"][:num_rows] = bans
     flags = fields["flags"]
-    has_logprobs = bool(targets) or bool(num_rows and tables.wants_logprobs[row_array].any())
     if num_rows:
         flags[:ROW_FLAGS] = tables.flags[row_array].any(axis=0)
         flags[6] = bans.any()
-        flags[7] = has_logprobs
-    return tuple(spans), has_logprobs
+        flags[7] = bool(targets) or tables.wants_logprobs[row_array].any()
+    return tuple(spans)
 
 
 def unpack(
     packed: Int32[Array, "size"], history: Int32[Array, "state_rows max_len"], layout: PackedLayout, block_size: int
 ) -> InputBatch:
-    """The fields of a packed vector, inside the jitted step; ids sampled by the step before come from `history`."""
-    field = {
-        name: jax.lax.slice(packed, (start,), (start + length,)) for name, (start, length) in layout.fields.items()
-    }
-
-    def as_float(name: str) -> Array:
-        return jax.lax.bitcast_convert_type(field[name], jnp.float32)
-
+    """What the model reads of a packed vector; ids sampled by the step before come from `history`."""
+    field = _sliced(packed, layout.fields)
     bucket = layout.bucket
     positions, token_seqs = field["positions"], field["token_seqs"]
     is_padding = token_seqs >= bucket.num_seqs
@@ -382,9 +405,23 @@ def unpack(
         tile_size=layout.attending.tile_size,
         key_chunk_tokens=layout.attending.key_chunk_tokens,
     )
+    return InputBatch(token_ids, positions, attention, field["logit_tokens"])
+
+
+def _sliced(packed: Int32[Array, "size"], places: dict[str, tuple[int, int]]) -> dict[str, Int32[Array, "length"]]:
+    return {name: jax.lax.slice(packed, (start,), (start + length,)) for name, (start, length) in places.items()}
+
+
+def unpack_sampling(packed: Int32[Array, "size"], num_rows: int) -> SamplingBatch:
+    """What the sampler reads: the part of a packed vector from `PackedLayout.sampling_start` on."""
+    field = _sliced(packed, _places(sampling_lengths(num_rows), 0))
+
+    def as_float(name: str) -> Array:
+        return jax.lax.bitcast_convert_type(field[name], jnp.float32)
+
     flags = {name: field["flags"][i] != 0 for i, name in enumerate(FLAGS)}
     seeds = jax.lax.bitcast_convert_type(jnp.stack([field["seed_low"], field["seed_high"]], axis=1), jnp.uint32)
-    sampling = SamplingBatch(
+    return SamplingBatch(
         rows=field["rows"],
         seeds=seeds,
         sample_index=field["sample_index"],
@@ -403,4 +440,3 @@ def unpack(
         has_target=field["has_target"] != 0,
         **flags,
     )
-    return InputBatch(token_ids, positions, attention, field["logit_tokens"], sampling)

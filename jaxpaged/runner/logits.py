@@ -115,24 +115,47 @@ def count_tokens(
     return counts[:, :vocab_size], counts[:, vocab_size:]
 
 
-def first_argmax(scores: Float32[Array, "rows entries"]) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"]]:
-    """Index of each row's maximum (the first of equals) and the maximum. A row with a NaN gets some index in range.
-
-    Two plain reductions: XLA's argmax is a two-operand one, which CPUs do not vectorise.
-    """
-    best = jnp.max(scores, axis=-1)
-    num_entries = scores.shape[1]
-    column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    index = jnp.min(jnp.where(scores == best[:, None], column, num_entries), axis=-1)
-    return jnp.where(index < num_entries, index, 0), best
-
-
-def is_finite(logits: Float32[Array, "rows vocab"], best: Float32[Array, "rows"]) -> Bool[Array, "rows"]:
-    """Whether a row is free of NaN and its maximum `best` is finite.
+def maximum(scores: Float32[Array, "rows entries"]) -> tuple[Float32[Array, "rows"], Bool[Array, "rows"]]:
+    """Each row's maximum, and whether the row is free of NaN and that maximum is finite.
 
     The maximum alone does not tell: XLA's CPU reduction loses a NaN where it is vectorised (jaxlib 0.10.2).
+
+    Here and below two results are reduced together for speed, too: XLA's CPU compiler runs a reduction of several
+    operands in one pass, but writes the operand of a lone long one to memory first.
     """
-    return jnp.isfinite(best) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    best, has_nan = lax.reduce(
+        (scores, jnp.isnan(scores)),
+        (jnp.float32(-jnp.inf), jnp.bool_(False)),
+        lambda a, b: (jnp.maximum(a[0], b[0]), a[1] | b[1]),
+        (1,),
+    )
+    return best, jnp.isfinite(best) & ~has_nan
+
+
+def first_argmax(
+    scores: Float32[Array, "rows entries"], best: Float32[Array, "rows"]
+) -> Int32[Array, "rows"]:
+    """Index of the first entry that equals its row's `maximum`; 0 where none does, as may be in a row with a NaN."""
+    is_best = scores == best[:, None]
+    column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    index, is_found = lax.reduce(
+        (jnp.where(is_best, column, scores.shape[1]), is_best),
+        (jnp.int32(scores.shape[1]), jnp.bool_(False)),
+        lambda a, b: (jnp.minimum(a[0], b[0]), a[1] | b[1]),
+        (1,),
+    )
+    return jnp.where(is_found, index, 0)
+
+
+def count(is_counted: Bool[Array, "rows entries"]) -> Int32[Array, "rows"]:
+    """How many entries of each row are true."""
+    number, is_any = lax.reduce(
+        (is_counted.astype(jnp.int32), is_counted),
+        (jnp.int32(0), jnp.bool_(False)),
+        lambda a, b: (a[0] + b[0], a[1] | b[1]),
+        (1,),
+    )
+    return jnp.where(is_any, number, 0)
 
 
 def log_sum_exp(
@@ -143,7 +166,7 @@ def log_sum_exp(
     A float sum depends on the order in which a compiler adds, and so on the number of rows. Here each weight
     (at most 1) is cut into three integers, which add up alike in any order.
     """
-    best = jnp.max(logits, axis=-1)
+    best, _ = maximum(logits)
     rest = jnp.exp(logits - best[:, None])
     bits = limb_bits(logits.shape[1]) - 1
     scale = jnp.float32(2**bits)
@@ -175,7 +198,7 @@ def token_logprobs(
     """Log-probability and rank (1 = no token is likelier) of the given tokens, and the likeliest ids with theirs."""
     best, log_total = log_sum_exp(logits)
     value = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
-    rank = 1 + jnp.sum((logits > value).astype(jnp.int32), axis=-1)
+    rank = 1 + count(logits > value)
     top, top_ids = lax.top_k(logits, num_top)
     shift = best[:, None]
     return (

@@ -1,8 +1,9 @@
 """Carries a plan out on the device: swaps, copies, then one jitted step of model and sampler."""
 
+import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,17 @@ from jaxpaged.core.scheduler_output import (
 )
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
-from jaxpaged.runner.input_batch import Attending, BuiltBatch, PackedLayout, RowTables, build, unpack
+from jaxpaged.runner.input_batch import (
+    Attending,
+    BuiltBatch,
+    PackedLayout,
+    RowTables,
+    build,
+    unpack,
+    unpack_sampling,
+)
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
+from jaxpaged.runner.logits import first_argmax, maximum
 from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row, sample, state_bytes
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
@@ -43,8 +53,9 @@ class StepArrays:
 
     tokens_and_finite: jax.Array
     """int32 [2, rows]: sampled ids, and 1 where the logit row was finite."""
-    logprobs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-    """Log-probability and rank of each row's token [rows], ids and log-probabilities of the likeliest [rows, k]."""
+    logprobs: tuple[jax.Array, ...]
+    """Log-probability and rank of each row's token [rows], ids and log-probabilities of the likeliest [rows, k];
+    empty in a plain step."""
 
 
 @dataclass(frozen=True)
@@ -191,21 +202,19 @@ class ModelRunner:
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         self._leaves: tuple[jax.Array, ...] = tuple(leaves)
-        self._attention = partial(paged_attention, implementation=engine_config.attention_implementation)
         self._kv: Any = self._init_kv()
         self._state: SamplerState = init_state(shapes.num_rows, shapes.max_model_len, model_config.vocab_size)
         self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
-        self._step = jax.jit(
-            partial(_step, graph, tree, self._attention, self._block_size, self._max_logprobs),
-            static_argnums=4,
-            donate_argnums=(1, 2),
+        self._step, self._sample = _jitted(
+            graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs
         )
         self._layouts = {
             bucket: PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending) for bucket in shapes.buckets.all
         }
         self._warm: set[Bucket] = set()
+        self._warm_samplers: set[int] = set()
 
     @property
     def weight_bytes(self) -> int:
@@ -253,18 +262,22 @@ class ModelRunner:
             self._kv = self._mover.copy(self._kv, plan.copies)
         if batch is None:
             return InFlight(plan, None, None)
-        arrays = self._run(batch.packed, batch.layout)
+        arrays = self._run(batch)
         arrays.tokens_and_finite.copy_to_host_async()
         if batch.has_logprobs:
             for array in arrays.logprobs:
                 array.copy_to_host_async()
-        self._warm.add(batch.layout.bucket)
         return InFlight(plan, batch, arrays)
 
-    def _run(self, packed: np.ndarray, layout: PackedLayout) -> StepArrays:
-        self._kv, self._state, tokens_and_finite, logprobs = self._step(
-            self._leaves, self._kv, self._state, packed, layout
+    def _run(self, batch: BuiltBatch) -> StepArrays:
+        self._kv, self._state, tokens_and_finite, logits, sampling = self._step(
+            self._leaves, self._kv, self._state, batch.packed, batch.layout
         )
+        self._warm.add(batch.layout.bucket)
+        if batch.is_plain:
+            return StepArrays(tokens_and_finite, ())
+        self._state, tokens_and_finite, logprobs = self._sample(logits, self._state, sampling)
+        self._warm_samplers.add(batch.layout.bucket.num_logits)
         return StepArrays(tokens_and_finite, logprobs)
 
     def _claim(self, row: int, sequence: Sequence) -> None:
@@ -281,14 +294,18 @@ class ModelRunner:
             )
             self._state = self._load_row(self._state, packed)
 
-    def cold_buckets(self, buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
-        """Those that have not run yet."""
-        return tuple(bucket for bucket in buckets if bucket not in self._warm)
+    def cold_buckets(self, buckets: Iterable[Bucket], *, with_sampler: bool) -> tuple[Bucket, ...]:
+        """Those that have not run yet, or not with the sampler if it is asked for."""
+        return tuple(
+            bucket
+            for bucket in buckets
+            if bucket not in self._warm or (with_sampler and bucket.num_logits not in self._warm_samplers)
+        )
 
-    def warm_up(self, bucket: Bucket) -> float:
+    def warm_up(self, bucket: Bucket, *, with_sampler: bool) -> float:
         """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds."""
         started = time.perf_counter()
-        batch = self._dummy_batch(bucket)
+        batch = self._dummy_batch(bucket, is_random=with_sampler)
         in_flight = self.dispatch(SchedulerOutput((), (), (), ()), batch)
         assert in_flight.arrays is not None
         jax.block_until_ready(in_flight.arrays.tokens_and_finite)
@@ -312,7 +329,7 @@ class ModelRunner:
         )
         self._state = self._load_row(self._state, packed)
 
-    def _dummy_batch(self, bucket: Bucket) -> BuiltBatch:
+    def _dummy_batch(self, bucket: Bucket, *, is_random: bool) -> BuiltBatch:
         """A step of the bucket's size whose sequences have null tables: an ordinary case, like padding."""
         layout = self._layouts[bucket]
         num_seqs = max(min(bucket.num_seqs, bucket.num_tokens, bucket.num_logits), 1)
@@ -320,9 +337,10 @@ class ModelRunner:
         lengths = [1] * num_seqs
         lengths[-1] += min(bucket.num_tokens - num_seqs, self.shapes.max_model_len - 1)
         scheduled = []
+        params = SamplingParams(temperature=1.0 if is_random else 0.0)
         for length in lengths:
             request = Request(
-                request_id="", prompt_token_ids=(0,) * length, params=SamplingParams(temperature=0), max_tokens=1
+                request_id="", prompt_token_ids=(0,) * length, params=params, max_tokens=1
             )
             sequence = Sequence(0, request, 0, [0] * length)
             sequence.block_ids = [0] * self.shapes.blocks_per_seq
@@ -339,11 +357,19 @@ class ModelRunner:
         warm = sorted(self._warm)
         bucket = warm[-1] if warm else self.shapes.buckets.all[-1]
         if not warm:
-            self.warm_up(bucket)
-        seconds_per_token = self.warm_up(bucket) / bucket.num_tokens
+            self.warm_up(bucket, with_sampler=False)
+        seconds_per_token = self.warm_up(bucket, with_sampler=False) / bucket.num_tokens
         started = time.perf_counter()
         self._kv, num_blocks = self._mover.time_copies(self._kv)
         return (time.perf_counter() - started) / num_blocks, seconds_per_token
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int) -> tuple[Any, Any]:
+    """The jitted step and sampler; engines of equal graphs share them, and with them every trace and compile."""
+    attention = partial(paged_attention, implementation=implementation)
+    step = jax.jit(partial(_step, graph, tree, attention, block_size), static_argnums=4, donate_argnums=(1, 2))
+    return step, jax.jit(partial(_sample, max_logprobs), donate_argnums=1)
 
 
 def _step(
@@ -351,18 +377,33 @@ def _step(
     tree: Any,
     attention: Any,
     block_size: int,
-    max_logprobs: int,
     leaves: tuple[jax.Array, ...],
     kv: Any,
     state: SamplerState,
     packed: jax.Array,
     layout: PackedLayout,
-) -> tuple[Any, SamplerState, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-    """One step as a pure function; `kv` and `state` are donated."""
+) -> tuple[Any, SamplerState, jax.Array, jax.Array, jax.Array]:
+    """One step as a pure function; `kv` and `state` are donated.
+
+    Returns cache, state, greedy tokens and their finiteness, and what `_sample` needs where rows ask for more.
+    """
     model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     batch = unpack(packed, state.history, layout, block_size)
     hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention)
     logits = model.logits(hidden[batch.logit_tokens])
-    output, state = sample(logits, state, batch.sampling, max_logprobs)
+    best, finite = maximum(logits)
+    tokens = first_argmax(logits, best)
+    packed_sampling = packed[layout.sampling_start :]
+    sampling = unpack_sampling(packed_sampling, layout.bucket.num_logits)
+    history = state.history.at[sampling.write_rows, sampling.position].set(tokens, mode="drop")
+    state = replace(state, history=history)
+    return kv, state, jnp.stack([tokens, finite.astype(jnp.int32)]), logits, packed_sampling
+
+
+def _sample(
+    max_logprobs: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
+    """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated."""
+    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs)
     tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
-    return kv, state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
+    return state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)

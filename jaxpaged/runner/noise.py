@@ -1,7 +1,7 @@
 """The noise of a draw: a function of seed, sample index, position and token id, and of nothing else.
 
 The hash is jax's own, bit for bit (threefry2x32 of 20 rounds: Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"). It is written out here because jax runs it on CPUs as a loop of passes over memory; as one expression it is fused.
+1, 2, 3"). It is written out here because jax runs it on CPUs as a loop of passes over memory; one expression is fused.
 """
 
 import jax.numpy as jnp

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxpaged.runner.logits import first_argmax, is_finite, process, token_logprobs
+from jaxpaged.runner.logits import first_argmax, maximum, process, token_logprobs
 from jaxpaged.runner.noise import gumbel_noise, sampling_keys
 from jaxpaged.runner.sampler_state import (
     MAX_BAD_WORD_TOKENS,
@@ -100,23 +100,24 @@ def _no_logprobs(
 def _take_best(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
-    tokens, best = first_argmax(logits)
-    return tokens, is_finite(logits, best)
+    best, finite = maximum(logits)
+    return first_argmax(logits, best), finite
 
 
 def _draw(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
     # looked at before any stage can hide a NaN behind a ban
-    was_finite = is_finite(logits, jnp.max(logits, axis=-1))
+    _, was_finite = maximum(logits)
     processed = process(logits, state, batch)
-    greedy, best = first_argmax(processed)
+    best, is_finite = maximum(processed)
+    greedy = first_argmax(processed, best)
     tokens = lax.cond(
         batch.any_random,
         lambda: jnp.where(batch.temperature < GREEDY_TEMPERATURE, greedy, _draw_random(processed, best, batch)),
         lambda: greedy,
     )
-    return tokens, was_finite & jnp.isfinite(best)
+    return tokens, was_finite & is_finite
 
 
 def _draw_random(
@@ -125,17 +126,18 @@ def _draw_random(
     """One draw per row from softmax(logits / temperature) after truncation, by the Gumbel-max trick."""
     is_random = batch.temperature >= GREEDY_TEMPERATURE
     temperature = jnp.where(is_random, batch.temperature, 1.0)
-    # differences first: no temperature, however small, makes an infinity of two finite logits' difference of 0
-    distances = (best[:, None] - logits) / temperature[:, None]
+
+    def distances() -> Float32[Array, "rows vocab"]:
+        # differences first: no temperature, however small, makes an infinity of two finite logits' difference of 0
+        return (best[:, None] - logits) / temperature[:, None]
+
     left = lax.cond(
         batch.any_truncation,
-        truncate,
-        lambda distances, *_: keep_all(distances),
-        distances,
-        batch.min_p,
         # a greedy row must not send the others the long way
-        jnp.where(is_random, batch.top_k, 0),
-        jnp.where(is_random, batch.top_p, 1.0),
+        lambda: truncate(
+            distances(), batch.min_p, jnp.where(is_random, batch.top_k, 0), jnp.where(is_random, batch.top_p, 1.0)
+        ),
+        lambda: keep_all(*logits.shape),
     )
     keys = sampling_keys(batch)
 
@@ -147,7 +149,9 @@ def _draw_random(
         return jnp.minimum(jnp.min(ids, axis=-1), logits.shape[1] - 1)
 
     def over_all() -> Int32[Array, "rows"]:
-        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        return first_argmax(gumbel_noise(keys, ids) - left.distances)[0]
+        noise = gumbel_noise(keys, lax.broadcasted_iota(jnp.int32, logits.shape, 1))
+        away = distances()
+        scores = jnp.where(away <= left.threshold[:, None], noise - away, -jnp.inf)
+        return first_argmax(scores, maximum(scores)[0])
 
     return lax.cond(jnp.all(left.is_narrow | ~is_random), over_candidates, over_all)

@@ -3,7 +3,7 @@
 A row is described by its distances d = (best logit - logit) / temperature, 0 for the best token and infinite for a
 banned one; a weight is exp(-d). Truncation keeps `d <= threshold`: tokens as likely as the last one kept stay too.
 
-    min_p   keeps weights of min_p and more
+    min_p   the largest distance whose weight is at least min_p
     top_k   smallest threshold that keeps at least k tokens
     top_p   smallest threshold whose tokens hold at least p of the weight that min_p and top_k left
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jaxpaged.runner.logits import limb_bits
+from jaxpaged.runner.logits import count, limb_bits, maximum
 
 NUM_CANDIDATES = 256
 """Nearest tokens looked at before the whole row is bisected."""
@@ -29,11 +29,11 @@ INFINITY_BITS = 0x7F800000
 class Truncation(NamedTuple):
     """What is left of each row."""
 
-    distances: Float32[Array, "rows vocab"]
-    """Infinite where a token is cut."""
+    threshold: Float32[Array, "rows"]
+    """The largest distance left; infinite where nothing is cut."""
     candidate_ids: Int32[Array, "rows candidates"]
     candidates: Float32[Array, "rows candidates"]
-    """The smallest distances, cut in the same way."""
+    """The smallest distances, infinite where they are cut."""
     is_narrow: Bool[Array, "rows"]
     """Whether every token left is among the candidates."""
 
@@ -48,12 +48,14 @@ class Mass(NamedTuple):
         return (self.high > goal.high) | ((self.high == goal.high) & (self.low >= goal.low))
 
 
-def keep_all(distances: Float32[Array, "rows vocab"], num_candidates: int = NUM_CANDIDATES) -> Truncation:
+def keep_all(num_rows: int, vocab_size: int, num_candidates: int = NUM_CANDIDATES) -> Truncation:
     """What `truncate` would leave if no row asked for anything, without candidates."""
-    num_rows, vocab_size = distances.shape
     shape = num_rows, min(num_candidates, vocab_size)
     return Truncation(
-        distances, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(num_rows, jnp.bool_)
+        jnp.full(num_rows, jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(num_rows, jnp.bool_),
     )
 
 
@@ -64,37 +66,35 @@ def truncate(
     top_p: Float32[Array, "rows"],
     num_candidates: int = NUM_CANDIDATES,
 ) -> Truncation:
-    """Apply min_p, then top_k, then top_p to every row; rows with none of them keep their distances bit for bit.
+    """Apply min_p, then top_k, then top_p to every row.
 
-    `num_candidates` changes the cost and what counts as narrow, never the distances.
+    `num_candidates` changes the cost and what counts as narrow, never the threshold.
     """
     vocab_size = distances.shape[1]
     distances = jnp.abs(distances)  # a zero without sign, because bits are compared
     weights = jnp.exp(-distances)
-    is_left = weights >= min_p[:, None]
-    distances = jnp.where(is_left, distances, jnp.inf)
-    units = jnp.where(is_left, _units(weights), jnp.uint32(0))
     negated, ids = lax.top_k(-distances, min(num_candidates, vocab_size))
     candidates = jnp.abs(negated)
 
-    threshold = _nearest(distances, candidates, top_k)
-    is_left = distances <= threshold[:, None]
-    distances = jnp.where(is_left, distances, jnp.inf)
-    units = jnp.where(is_left, units, jnp.uint32(0))
-    nearest_units = jnp.where(
-        candidates <= threshold[:, None], jnp.take_along_axis(units, ids, axis=1), jnp.uint32(0)
-    )
-
+    threshold = jnp.where(min_p > 0, _farthest(distances, weights >= min_p[:, None]), jnp.inf)
+    # tokens that min_p cuts come after all others: the k nearest of what it leaves are the k nearest, or all it leaves
+    threshold = jnp.minimum(threshold, _nearest(distances, candidates, top_k))
+    units = jnp.where(distances <= threshold[:, None], _units(weights), jnp.uint32(0))
+    nearest_units = jnp.take_along_axis(units, ids, axis=1)
     threshold = jnp.minimum(threshold, _nucleus(distances, units, candidates, nearest_units, top_p))
-    is_narrow = (threshold < candidates[:, -1]) | (candidates.shape[1] == vocab_size)
-    # an infinite last candidate means that every token min_p left is among them
-    is_narrow = is_narrow | jnp.isinf(candidates[:, -1])
-    return Truncation(
-        jnp.where(distances <= threshold[:, None], distances, jnp.inf),
-        ids,
-        jnp.where(candidates <= threshold[:, None], candidates, jnp.inf),
-        is_narrow,
+
+    # an infinite last candidate means that every token not banned is among them
+    is_narrow = (
+        (threshold < candidates[:, -1]) | jnp.isinf(candidates[:, -1]) | jnp.bool_(candidates.shape[1] == vocab_size)
     )
+    return Truncation(threshold, ids, jnp.where(candidates <= threshold[:, None], candidates, jnp.inf), is_narrow)
+
+
+def _farthest(
+    distances: Float32[Array, "rows vocab"], is_left: Bool[Array, "rows vocab"]
+) -> Float32[Array, "rows"]:
+    """The largest distance left in each row; the best token is always left."""
+    return maximum(jnp.where(is_left, distances, 0.0))[0]
 
 
 def _nearest(
@@ -108,7 +108,7 @@ def _nearest(
     bits = lax.bitcast_convert_type(distances, jnp.int32)
 
     def search() -> Float32[Array, "rows"]:
-        found = _bisect(lambda middle: jnp.sum((bits <= middle[:, None]).astype(jnp.int32), axis=-1) >= top_k, top_k)
+        found = _bisect(lambda middle: count(bits <= middle[:, None]) >= top_k, top_k)
         return jnp.where(top_k <= num_candidates, among_candidates, found)
 
     needs_search = jnp.any(is_on & (top_k > num_candidates))

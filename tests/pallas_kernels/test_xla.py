@@ -75,12 +75,11 @@ class Story:
         return outputs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("bfloat16", 37)])
 def test_a_token_in_tiles_is_bit_equal_in_any_row_company_chunking_and_block_size(
     dtype: str, window: int | None
 ) -> None:
-    story, length = Story(dtype, window), 90
+    story, length = Story(dtype, window), 70
     alone = story.tell([1], length, [[(0, length)]], block_size=16)[0]
     assert np.isfinite(alone).all()
     assert alone.any()
@@ -88,12 +87,12 @@ def test_a_token_in_tiles_is_bit_equal_in_any_row_company_chunking_and_block_siz
     by_one = story.tell([1], length, [[(0, 1)]] * length, block_size=16)[0]
     np.testing.assert_array_equal(by_one, alone, err_msg="decoded one by one")
 
-    chunks = [[(0, 13)], [(0, 1)], [(0, 50)], [(0, 7)], [(0, 19)]]
-    for block_size in (8, 32, 64):
+    chunks = [[(0, 13)], [(0, 1)], [(0, 30)], [(0, 7)], [(0, 19)]]
+    for block_size in (8, 64):
         chunked = story.tell([1], length, chunks, block_size=block_size)[0]
         np.testing.assert_array_equal(chunked, alone, err_msg=f"in chunks, block size {block_size}")
 
-    company = [[(2, 5), (0, 11), (1, 30)], [(1, 60), (0, 3)], [(0, 60), (2, 20)], [(2, 65), (0, 16)]]
+    company = [[(2, 5), (0, 11), (1, 30)], [(1, 40), (0, 3)], [(0, 40), (2, 20)], [(2, 45), (0, 16)]]
     in_company = story.tell([1, 2, 3], length, company, block_size=16)[0]
     np.testing.assert_array_equal(in_company, alone, err_msg="in company")
 

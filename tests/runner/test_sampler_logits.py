@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from logit_rows import MAX_MODEL_LEN, LogitRow, draw, jitted_load_row, load_state, make_batch
 
 from jaxpaged.runner import logits as logits_module
-from jaxpaged.runner.logits import first_argmax, log_sum_exp, process, token_logprobs
+from jaxpaged.runner.logits import first_argmax, log_sum_exp, maximum, process, token_logprobs
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS, init_state, pack_row, state_bytes
 from jaxpaged.sampling_params import SamplingParams
 
@@ -189,9 +189,11 @@ def test_a_target_is_reported_instead_of_the_sampled_token():
 
 
 def test_the_first_of_equal_maxima_is_taken():
-    index, best = first_argmax(np.array([[1.0, 7.0, 7.0], [-np.inf, -np.inf, -np.inf]], np.float32))
-    assert index.tolist() == [1, 0]
+    scores = np.array([[1.0, 7.0, 7.0], [-np.inf, -np.inf, -np.inf]], np.float32)
+    best, is_finite = maximum(scores)
     assert best.tolist() == [7.0, -np.inf]
+    assert is_finite.tolist() == [True, False]
+    assert first_argmax(scores, best).tolist() == [1, 0]
 
 
 def test_the_state_takes_the_bytes_it_promises():

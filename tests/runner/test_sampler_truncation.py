@@ -20,8 +20,7 @@ def kept(distances, min_p=0.0, top_k=0, top_p=1.0, num_candidates=NUM_CANDIDATES
         for value, dtype in ((min_p, np.float32), (top_k, np.int32), (top_p, np.float32))
     ]
     left = jitted_truncate(np.asarray(distances, np.float32), *columns, num_candidates=num_candidates)
-    is_kept = np.isfinite(left.distances)
-    np.testing.assert_array_equal(np.asarray(left.distances)[is_kept], np.asarray(distances, np.float32)[is_kept])
+    is_kept = np.isfinite(distances) & (np.asarray(distances, np.float32) <= np.asarray(left.threshold)[:, None])
     for row in range(rows):
         among = set(np.asarray(left.candidate_ids)[row][np.isfinite(left.candidates[row])].tolist())
         whole = set(np.flatnonzero(is_kept[row]).tolist())
