@@ -171,9 +171,10 @@ def _print_stream(llm: Any, prompt: Any, params: SamplingParams, *, is_echoed: b
     """Print text as it comes; returns the finished RequestOutput."""
     shown = 0
     output: Any = None
-    if is_echoed:
-        print(prompt, end="", flush=True)
     for output in llm.stream(prompt, params):
+        if is_echoed:  # only now, behind the bar of the warm-up
+            print(prompt, end="")
+            is_echoed = False
         text = output.outputs[0].text
         print(text[shown:], end="", flush=True)
         shown = len(text)
@@ -190,7 +191,7 @@ def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
     firsts = [output.metrics.time_to_first_token_s for output in outputs if output.metrics.time_to_first_token_s]
     running_s = max(elapsed_s - llm.last_warm_up_s, 1e-9)
     stats = llm.stats()
-    first = f"first token after {min(firsts) * 1e3:.0f} ms, " if firsts else ""
+    first = f"first token after {(min(firsts) - llm.last_warm_up_s) * 1e3:.0f} ms, " if firsts else ""
     print(
         f"[{num_prompt} prompt tokens, {num_generated} generated in {running_s:.2f} s: "
         f"{num_generated / running_s:.1f} tok/s; {first}{stats.num_blocks - 1} blocks, "
@@ -200,7 +201,8 @@ def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
 
 
 def _print_times(llm: Any, outputs: Sequence[Any], imports_s: float, ready_s: float, started: float) -> None:
-    first_s = min((output.metrics.time_to_first_token_s or 0.0) for output in outputs)
+    # a request arrives before its buckets are warmed
+    first_s = min((output.metrics.time_to_first_token_s or 0.0) for output in outputs) - llm.last_warm_up_s
     stats = llm.stats()
     rows = (
         ("imports", imports_s),

@@ -239,14 +239,14 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
-        many = [params] * count if isinstance(params, (SamplingParams, BeamSearchParams)) else list(params)
+        many = list(params) if isinstance(params, (list, tuple)) else [params] * count
         if len(many) != count:
             raise ValueError(f"params has {len(many)} entries for {count} prompts: give one for all, or one per prompt")
         for one in many:
             if isinstance(one, BeamSearchParams):
                 raise ValueError("BeamSearchParams are not supported yet: use SamplingParams(n=...)")
             if not isinstance(one, SamplingParams):
-                raise ValueError(f"params entry {one!r} is not a SamplingParams")
+                raise ValueError(f"params={one!r} is not a SamplingParams: give one for all prompts, or one per prompt")
         return many
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:

@@ -1,12 +1,14 @@
 """Makes sampling batches for tests from one small description per logit row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.runner.sampler import SamplerOutput, SamplerState, SamplingBatch, init_state, load_row, pack_row, sample
+from jaxpaged.runner.sampler import SamplerState, SamplingBatch, init_state, load_row, pack_row, sample
 from jaxpaged.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 48
@@ -55,8 +57,8 @@ def make_batch(
     pad = num_logit_rows - len(rows)
     logits = np.stack([row.logits for row in rows] + [np.zeros_like(rows[0].logits)] * pad).astype(np.float32)
 
-    def column(values: Sequence[float], fill: float, dtype: type) -> np.ndarray:
-        return np.array([*values, *[fill] * pad], dtype)
+    def column(values: Sequence[float], fill: float, dtype: type) -> jax.Array:
+        return jnp.array([*values, *[fill] * pad], dtype)
 
     params = [row.params for row in rows]
     bans = [len(row.output) < row.params.min_tokens for row in rows]
@@ -76,7 +78,7 @@ def make_batch(
     seeds = [[row.seed & 0xFFFFFFFF, (row.seed >> 32) & 0xFFFFFFFF] for row in rows] + [[0, 0]] * pad
     batch = SamplingBatch(
         rows=column(range(len(rows)), num_state_rows, np.int32),
-        seeds=np.array(seeds, np.uint32),
+        seeds=jnp.array(seeds, np.uint32),
         sample_index=column([row.sample_index for row in rows], 0, np.int32),
         position=column([len(row.prompt) + len(row.output) for row in rows], 0, np.int32),
         prompt_lens=column([len(row.prompt) for row in rows], 0, np.int32),
@@ -91,28 +93,28 @@ def make_batch(
         ban_stops=column(bans, False, np.bool_),
         target_ids=column([row.target or 0 for row in rows], 0, np.int32),
         has_target=column([row.target is not None for row in rows], False, np.bool_),
-        **{name: np.bool_(value) for name, value in (implied | flags).items()},
+        **{name: jnp.bool_(value) for name, value in (implied | flags).items()},
     )
-    return logits, jax.tree.map(jax.numpy.asarray, batch)
+    return logits, batch
 
 
 def draw(
     rows: Sequence[LogitRow], num_logit_rows: int | None = None, max_logprobs: int = 3, **flags: bool
-) -> tuple[SamplerOutput, SamplerState]:
-    """Sample one token for each row; the output is cut to the rows and lies in numpy."""
+) -> tuple[SimpleNamespace, SamplerState]:
+    """Sample one token for each row; the fields of the output are cut to the rows and lie in numpy."""
     # few shapes, because each costs a compilation
     num_logit_rows = num_logit_rows or (16 if len(rows) <= 16 else 32)
     num_state_rows = num_logit_rows
     logits, batch = make_batch(rows, num_logit_rows, num_state_rows, **flags)
     output, state = jitted_sample(logits, load_state(rows, num_state_rows), batch, max_logprobs)
-    return jax.tree.map(lambda array: np.asarray(array)[: len(rows)], output), state
+    return SimpleNamespace(**{name: np.asarray(array)[: len(rows)] for name, array in vars(output).items()}), state
 
 
 def draw_many(row: LogitRow, num_draws: int = 4096) -> np.ndarray:
     """Tokens of `num_draws` seeds for one row, in one batch."""
     logits, batch = make_batch([row] * num_draws, num_draws, 1)
-    seeds = np.stack([np.arange(num_draws), np.zeros(num_draws)], axis=1).astype(np.uint32)
-    zeros = np.zeros(num_draws, np.int32)
-    batch = SamplingBatch(**{**vars(batch), "rows": zeros, "write_rows": zeros + 1, "seeds": seeds})
+    seeds = jnp.zeros((num_draws, 2), jnp.uint32).at[:, 0].set(jnp.arange(num_draws, dtype=jnp.uint32))
+    zeros = jnp.zeros(num_draws, jnp.int32)
+    batch = replace(batch, rows=zeros, write_rows=zeros + 1, seeds=seeds)
     output, _ = jitted_sample(logits, load_state([row], 1), batch, 0)
     return np.asarray(output.tokens)

@@ -152,7 +152,7 @@ def test_a_full_host_pool_means_recompute(model):
 
 def test_many_long_requests_finish_in_a_small_pool(model):
     prompts = random_prompts(9, [60] * 64)
-    params = SamplingParams(temperature=0, max_tokens=20)
+    params = SamplingParams(temperature=0, max_tokens=40)
     ample = run(make_engine(model, batch_invariant=True), prompts, params)
     tight = run(make_engine(model, batch_invariant=True, num_device_blocks=41), prompts, params)
     assert tight.stats.num_preemptions > 0

@@ -23,7 +23,7 @@ def demo():
     return LLM("demo", max_num_seqs=8, max_num_batched_tokens=64, show_progress=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_device_blocks": 36, "block_size": 8}], ids=["ample", "tight"])
+@pytest.mark.parametrize("options", [{}, {"num_device_blocks": 60, "block_size": 8}], ids=["ample", "tight"])
 def test_the_published_story_comes_out_token_for_token(stories260k, golden, options):
     llm = LLM(stories260k, max_num_seqs=8, max_num_batched_tokens=64, show_progress=False, **options)
     prompts = [{"prompt_token_ids": entry["prompt_token_ids"]} for entry in golden]
@@ -45,7 +45,7 @@ def test_the_command_line_prints_the_published_story(stories260k, golden, capsys
     code = main(["generate", entry["prompt"], "--model", str(stories260k), "--max-tokens", tokens, "--quiet",
                  "--max-num-seqs", "4"])
     assert code == 0
-    assert capsys.readouterr().out.strip() == (entry["prompt"] + entry["text"]).strip()
+    assert capsys.readouterr().out.strip() == entry["text"].strip()
 
 
 def test_the_story_comes_out_of_the_converter_script_too(stories260k, golden, tmp_path):

@@ -135,7 +135,11 @@ def maximum(scores: Float32[Array, "rows entries"]) -> tuple[Float32[Array, "row
 def first_argmax(
     scores: Float32[Array, "rows entries"], best: Float32[Array, "rows"]
 ) -> Int32[Array, "rows"]:
-    """Index of the first entry that equals its row's `maximum`; 0 where none does, as may be in a row with a NaN."""
+    """Index of the first entry that equals its row's `maximum`; 0 where none does, as may be in a row with a NaN.
+
+    `scores` that are computed in the same program need an optimization barrier before both: a compiler that computes
+    them anew for each may round them differently.
+    """
     is_best = scores == best[:, None]
     column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     index, is_found = lax.reduce(

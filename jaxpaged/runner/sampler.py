@@ -142,7 +142,7 @@ def _draw_random(
     keys = sampling_keys(batch)
 
     def over_candidates() -> Int32[Array, "rows"]:
-        scores = gumbel_noise(keys, left.candidate_ids) - left.candidates
+        scores = lax.optimization_barrier(gumbel_noise(keys, left.candidate_ids) - left.candidates)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         # of equal scores the smallest id, as over the whole row
         ids = jnp.where(scores == highest, left.candidate_ids, logits.shape[1])
@@ -151,7 +151,8 @@ def _draw_random(
     def over_all() -> Int32[Array, "rows"]:
         noise = gumbel_noise(keys, lax.broadcasted_iota(jnp.int32, logits.shape, 1))
         away = distances()
-        scores = jnp.where(away <= left.threshold[:, None], noise - away, -jnp.inf)
+        # made once: the maximum must meet the very bits it was found among
+        scores = lax.optimization_barrier(jnp.where(away <= left.threshold[:, None], noise - away, -jnp.inf))
         return first_argmax(scores, maximum(scores)[0])
 
     return lax.cond(jnp.all(left.is_narrow | ~is_random), over_candidates, over_all)

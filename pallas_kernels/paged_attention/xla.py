@@ -118,21 +118,26 @@ class _Partial(NamedTuple):
     """Sum of exp(score - highest)."""
 
 
-def _attend_chunk(
+def _score(
     query: Float[Array, "items kv_heads rows head_dim"],
     keys: Float[Array, "items kv_heads head_dim keys"],
-    values: Float[Array, "items kv_heads keys head_dim"],
     is_seen: Bool[Array, "items #rows keys"],
     soft_cap: float | None,
-    highest: Float[Array, "items kv_heads rows"] | None = None,
-) -> _Partial:
-    """The partial softmax of one chunk; with `highest`, that of the chunks before, relative to the common maximum."""
+) -> Float[Array, "items kv_heads rows keys"]:
+    """Scores of one chunk of each item, MASKED where a key is not seen."""
     scores = jnp.einsum("ihrd,ihdk->ihrk", query, keys, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(is_seen[:, None], scores, MASKED)
-    chunk_highest = scores.max(-1)
-    highest = chunk_highest if highest is None else jnp.maximum(highest, chunk_highest)
+    return jnp.where(is_seen[:, None], scores, MASKED)
+
+
+def _weigh(
+    scores: Float[Array, "items kv_heads rows keys"],
+    values: Float[Array, "items kv_heads keys head_dim"],
+    is_seen: Bool[Array, "items #rows keys"],
+    highest: Float[Array, "items kv_heads rows"],
+) -> _Partial:
+    """The partial softmax of one chunk of each item, relative to `highest`."""
     # the second mask is for a row that has not seen a key yet: there MASKED - highest is 0
     weights = jnp.where(is_seen[:, None], jnp.exp(scores - highest[..., None]), 0.0)
     weighted = jnp.einsum("ihrk,ihkd->ihrd", weights, values, preferred_element_type=jnp.float32)
@@ -149,14 +154,20 @@ def _finish(partial: _Partial, sinks: Float[Array, "..."] | None) -> Float[Array
     return weighted / jnp.where(total == 0.0, 1.0, total)[..., None]
 
 
-def _merge(partials: _Partial, sequences: Int[Array, "items"]) -> _Partial:
-    """For each item, the merged partial of all items of its sequence."""
-    is_same = (sequences[:, None] == sequences)[:, :, None, None]
-    highest = jnp.where(is_same, partials.highest, MASKED).max(1)
-    weights = jnp.where(is_same, jnp.exp(jnp.minimum(partials.highest - highest[:, None], 0.0)), 0.0)
-    return _Partial(
-        (weights[..., None] * partials.weighted).sum(1), highest, (weights * partials.total).sum(1)
-    )
+def _sum_by_sequence(partials: _Partial, is_same: Bool[Array, "items items"]) -> _Partial:
+    """For each item, the sum over the items of its sequence; all of them relative to the same maximum.
+
+    A product with a matrix of zeros and ones, which would carry one sequence's NaN to all others: so what is not
+    finite is taken out before, and its sequence (and head) is NaN after.
+    """
+    weighted, highest, total = partials
+    is_finite = jnp.isfinite(weighted).all(-1)
+    clean = jnp.where(is_finite[..., None], weighted, 0.0)
+    summed = (is_same.astype(jnp.float32) @ clean.reshape(clean.shape[0], -1)).reshape(clean.shape)
+    mates = is_same[:, :, None, None]
+    is_finite = (is_finite | ~mates).all(1)
+    summed = jnp.where(is_finite[..., None], summed, jnp.nan)
+    return _Partial(summed, highest, jnp.where(mates, total, 0.0).sum(1))
 
 
 def _attend_decodes(
@@ -199,16 +210,22 @@ def _attend_decodes(
             is_seen &= positions >= first_keys[sequences][:, None]
         keys, values = _gather(kv, tables[sequences, chunks], is_seen)
         rows = query[sequences].astype(jnp.float32).reshape(DECODE_ITEMS, num_kv_heads, -1, head_dim) * scale
-        partials = _attend_chunk(rows, keys, values, is_seen[:, None], soft_cap)
-        # the sequence left open by the turn before joins as one more item; rows that are none are sequence -1
-        partials = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), pending, partials)
-        sequences = jnp.where(is_item, sequences, -1)
-        merged = _merge(partials, jnp.concatenate([pending_sequence[None], sequences]))
-        # items of one sequence all hold the same result; an unfinished one is overwritten in a later turn
+        scores = _score(rows, keys, is_seen[:, None], soft_cap)
+        # the sequence left open by the turn before joins as item 0; items that are none are sequence -1
+        sequences = jnp.concatenate([pending_sequence[None], jnp.where(is_item, sequences, -1)])
+        is_same = sequences[:, None] == sequences
+        highest = jnp.concatenate([pending.highest[None], scores.max(-1)])
+        common = jnp.where(is_same[:, :, None, None], highest, MASKED).max(1)
+        shrink = jnp.exp(pending.highest - common[0])
+        partials = _weigh(scores, values, is_seen[:, None], common[1:])
+        weighted = jnp.concatenate([(pending.weighted * shrink[..., None])[None], partials.weighted])
+        total = jnp.concatenate([(pending.total * shrink)[None], partials.total])
+        merged = _sum_by_sequence(_Partial(weighted, common, total), is_same)
+        # all items of a sequence hold the same sum; a later turn overwrites it if the sequence was not at its end
+        targets = jnp.where(is_item, sequences[1:], output.shape[0] - 1)
         finished = _finish(_Partial(*(leaf[1:] for leaf in merged)), head_sinks)
-        targets = jnp.where(is_item, sequences, output.shape[0] - 1)
         output = output.at[targets].set(finished.reshape(DECODE_ITEMS, *output.shape[1:]), mode="promise_in_bounds")
-        return output, jax.tree.map(lambda leaf: leaf[-1], merged), sequences[-1]
+        return output, _Partial(*(leaf[-1] for leaf in merged)), sequences[-1]
 
     heads = (num_kv_heads, query.shape[1] // num_kv_heads)
     nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
@@ -257,7 +274,8 @@ def _attend_tiles(
             if window is not None:
                 is_seen &= positions > row_positions[:, None] - window
             keys, values = _gather(kv, ids, is_used[None])
-            now = _attend_chunk(rows, keys, values, is_seen[None], soft_cap, before.highest)
+            scores = _score(rows, keys, is_seen[None], soft_cap)
+            now = _weigh(scores, values, is_seen[None], jnp.maximum(before.highest, scores.max(-1)))
             shrink = jnp.exp(before.highest - now.highest)
             weighted = before.weighted * shrink[..., None] + now.weighted
             return _Partial(weighted, now.highest, before.total * shrink + now.total)

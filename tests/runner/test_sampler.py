@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,9 +59,8 @@ def every_kind():
 
 
 def assert_same_row(got, index, wanted, wanted_index):
-    for field in dataclasses.fields(got):
-        a, b = getattr(got, field.name)[index], getattr(wanted, field.name)[wanted_index]
-        np.testing.assert_array_equal(a, b, err_msg=field.name)
+    for name, array in vars(got).items():
+        np.testing.assert_array_equal(array[index], getattr(wanted, name)[wanted_index], err_msg=name)
 
 
 # ---- a row and its company
@@ -192,7 +192,7 @@ def test_the_key_is_that_of_the_contract():
     _, batch = make_batch([row], 1, 1)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(77, impl="threefry2x32"), 5), 3)
     np.testing.assert_array_equal(sampling_keys(batch)[0], jax.random.key_data(key))
-    first, second = threefry(tuple(jax.random.key_data(key)), np.arange(VOCAB, dtype=np.uint32))
+    first, second = threefry(tuple(jax.random.key_data(key)), jnp.arange(VOCAB, dtype=jnp.uint32))
     # by element, whatever the shape asked for: jax's default, named because it is not jax's only one
     with jax.threefry_partitionable(True):
         np.testing.assert_array_equal(first ^ second, jax.random.bits(key, (VOCAB,)))
@@ -241,7 +241,7 @@ def test_penalties_of_the_next_step_see_the_token_that_never_left_the_device():
     state, seen = load_state([row], 1), []
     for position in range(1, 12):
         columns, batch = make_batch([row], 1, 1)
-        batch = dataclasses.replace(batch, position=np.array([position], np.int32))
+        batch = dataclasses.replace(batch, position=jnp.array([position], jnp.int32))
         output, state = jitted_sample(columns, state, batch, 3)
         seen.append(int(output.tokens[0]))
     wanted, left = [], logits.astype(np.float32).copy()
@@ -296,9 +296,9 @@ def test_a_plain_greedy_step_takes_the_branch_without_any_work():
     # poison what the stages would read: a step that ran one of them would show it
     state = dataclasses.replace(
         state,
-        allowed=np.zeros_like(state.allowed),
-        bias_ids=np.zeros_like(state.bias_ids),
-        bias_values=np.full_like(state.bias_values, np.nan),
+        allowed=jnp.zeros_like(state.allowed),
+        bias_ids=jnp.zeros_like(state.bias_ids),
+        bias_values=jnp.full_like(state.bias_values, np.nan),
     )
     output, _ = jitted_sample(logits, state, batch, 3)
     assert output.tokens[0] == np.argmax(logits[0])

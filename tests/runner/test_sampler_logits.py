@@ -1,6 +1,7 @@
 """Each option that changes logits, against its definition written in numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -189,7 +190,7 @@ def test_a_target_is_reported_instead_of_the_sampled_token():
 
 
 def test_the_first_of_equal_maxima_is_taken():
-    scores = np.array([[1.0, 7.0, 7.0], [-np.inf, -np.inf, -np.inf]], np.float32)
+    scores = jnp.array([[1.0, 7.0, 7.0], [-jnp.inf, -jnp.inf, -jnp.inf]], jnp.float32)
     best, is_finite = maximum(scores)
     assert best.tolist() == [7.0, -np.inf]
     assert is_finite.tolist() == [True, False]
