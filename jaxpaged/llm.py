@@ -239,7 +239,7 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
-        many = list(params) if isinstance(params, (list, tuple)) else [params] * count
+        many: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * count
         if len(many) != count:
             raise ValueError(f"params has {len(many)} entries for {count} prompts: give one for all, or one per prompt")
         for one in many:
@@ -329,6 +329,6 @@ def _read_prompt(prompt: Prompt) -> tuple[str | list[int], str]:
         if isinstance(prompt.get("prompt"), str):
             return prompt["prompt"], salt
         raise ValueError("a prompt mapping needs a text under 'prompt' or ids under 'prompt_token_ids'")
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+    if isinstance(prompt, (list, tuple)):
         return list(prompt), ""
     raise ValueError(f"a prompt must be a string, token ids or a mapping, not {type(prompt).__name__}")

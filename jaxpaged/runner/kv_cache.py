@@ -135,9 +135,9 @@ def plan_memory(
                 f"{weight_bytes:,} for weights): lower max_model_len or max_num_batched_tokens, or raise "
                 "device_memory_fraction"
             )
-    host = engine_config.host_memory_bytes
-    if isinstance(host, str):  # "auto"
-        # never more than the device pool holds: a victim leaves room there when it comes here
+    if isinstance(engine_config.host_memory_bytes, int):
+        host = engine_config.host_memory_bytes
+    else:  # "auto": never more than the device pool holds, since a victim leaves room there when it comes here
         host = min(AUTO_HOST_BYTES, available_host_bytes() // 4, num_device_blocks * block_bytes)
     num_host_blocks = max(int(host // block_bytes), 0) + 1  # its block 0 is never given out either
     return MemoryPlan(

@@ -22,6 +22,7 @@ def scatter_blocks(kv: Any, ids: Int[Array, "copies"], staged: Any) -> Any:
     Real ids are distinct; among rows of the null block the last one need not win. Raises ValueError when the trees,
     block shapes or dtypes of `kv` and `staged` differ.
     """
+    tree: Any
     leaves, tree = jax.tree.flatten(kv)
     staged_leaves, staged_tree = jax.tree.flatten(staged)
     if tree != staged_tree:

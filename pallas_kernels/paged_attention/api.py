@@ -130,6 +130,7 @@ def explain(case: AttentionCase | None = None) -> str:
 
 def cache_block_size(row: Implementation, kv: Any, num_kv_heads: int, head_dim: int) -> tuple[int, str] | None:
     """(block size, logical dtype) of a layer cache made for `row`; None when it was made for another or is none."""
+    tree: Any
     leaves, tree = jax.tree.flatten(kv)
     if not leaves or any(not hasattr(leaf, "shape") or leaf.ndim < 2 for leaf in leaves):
         return None

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-TILE_SIZE = 32
+TILE_SIZE = 64
 """Default query tokens of a chunk tile."""
-KEY_CHUNK_TOKENS = 256
+KEY_CHUNK_TOKENS = 128
 """Default keys a chunk tile handles per turn."""
 
 
@@ -75,7 +76,7 @@ def make_metadata(
     key_chunk_tokens: int = KEY_CHUNK_TOKENS,
     has_decodes: bool = True,
 ) -> AttentionMetadata:
-    """The metadata of a batch, built in numpy: leaves are numpy arrays, to be sent to the device together.
+    """The metadata of a batch of lengths and block tables, for tests and simple hosts.
 
     Leading sequences with one query token become decodes unless `has_decodes` is False. `num_tokens` and `num_seqs`
     pad to a bucket. Raises ValueError where a sequence does not fit its row of `block_tables` or the bucket.
@@ -113,15 +114,15 @@ def make_metadata(
     padded = np.zeros((max(-(-num_tokens // tile_size) + num_seqs, 1), 3), np.int32)
     padded[: len(tiles)] = np.array(tiles, np.int32).reshape(-1, 3)
     return AttentionMetadata(
-        block_tables=tables,
-        context_lens=contexts,
-        query_starts=starts,
-        slot_mapping=slots,
-        num_decodes=np.int32(num_decodes),
-        tile_sequences=padded[:, 0].copy(),
-        tile_starts=padded[:, 1].copy(),
-        tile_lens=padded[:, 2].copy(),
-        num_tiles=np.int32(len(tiles)),
+        block_tables=jnp.asarray(tables),
+        context_lens=jnp.asarray(contexts),
+        query_starts=jnp.asarray(starts),
+        slot_mapping=jnp.asarray(slots),
+        num_decodes=jnp.asarray(num_decodes, jnp.int32),
+        tile_sequences=jnp.asarray(padded[:, 0]),
+        tile_starts=jnp.asarray(padded[:, 1]),
+        tile_lens=jnp.asarray(padded[:, 2]),
+        num_tiles=jnp.asarray(len(tiles), jnp.int32),
         tile_size=tile_size,
         key_chunk_tokens=key_chunk_tokens,
     )

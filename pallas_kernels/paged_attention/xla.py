@@ -6,7 +6,7 @@ its bits (uint16), because jaxlib 0.10.2 rewrites a whole bfloat16 array for eve
 
 Two loops, both with dynamic trip counts, so that padding costs nothing:
 
-    decodes   the chunks of all decode sequences form one list; a turn takes the next DECODE_ITEMS of them, whichever
+    decodes   the chunks of all decode sequences form one list; a turn takes the next few of them, whichever
               sequences they belong to, and merges the partial softmaxes (only one sequence can be open between turns)
     tiles     one tile of up to tile_size tokens after the other, each over its chunks of key_chunk_tokens keys
 
@@ -25,8 +25,10 @@ from pallas_kernels.paged_attention.metadata import AttentionMetadata
 
 DECODE_CHUNK_TOKENS = 64
 """Keys of one decode item, rounded to whole blocks."""
-DECODE_ITEMS = 8
-"""Decode items per turn."""
+MIN_DECODE_ITEMS, MAX_DECODE_ITEMS = 4, 16
+"""Decode items per turn: as many as there are sequences, within these."""
+DECODE_TURN_ELEMENTS = 512 * 1024
+"""Most key elements gathered per turn (2 MiB, and as much for values): more falls out of the caches."""
 MASKED = -1e30
 """Score of a key that is not seen: finite, so that a difference of two of them is 0 and not NaN."""
 
@@ -170,6 +172,12 @@ def _sum_by_sequence(partials: _Partial, is_same: Bool[Array, "items items"]) ->
     return _Partial(summed, highest, jnp.where(mates, total, 0.0).sum(1))
 
 
+def _num_decode_items(num_seqs: int, item_elements: int) -> int:
+    """Items per turn, a power of two."""
+    wanted = min(max(num_seqs, MIN_DECODE_ITEMS), MAX_DECODE_ITEMS, max(DECODE_TURN_ELEMENTS // item_elements, 1))
+    return 1 << (wanted.bit_length() - 1)
+
+
 def _attend_decodes(
     query: Float[Array, "tokens q_heads head_dim"],
     kv: Cache,
@@ -184,8 +192,10 @@ def _attend_decodes(
     """`output` with the rows of the decode tokens filled in; its last row is scratch."""
     num_kv_heads, head_dim, block_size = kv[0].shape[1:]
     num_seqs, blocks_per_seq = metadata.block_tables.shape
+    group = query.shape[1] // num_kv_heads
     chunk_blocks = max(1, DECODE_CHUNK_TOKENS // block_size)
     chunk = chunk_blocks * block_size
+    items_per_turn = _num_decode_items(num_seqs, chunk * num_kv_heads * head_dim)
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -blocks_per_seq % chunk_blocks)))
     tables = tables.reshape(num_seqs, -1, chunk_blocks)
     head_sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1)
@@ -200,7 +210,7 @@ def _attend_decodes(
 
     def turn(index: Array, carry: tuple[Array, _Partial, Array]) -> tuple[Array, _Partial, Array]:
         output, pending, pending_sequence = carry
-        items = index * DECODE_ITEMS + jnp.arange(DECODE_ITEMS)
+        items = index * items_per_turn + jnp.arange(items_per_turn)
         is_item = items < num_items
         sequences = jnp.minimum((ends <= items[:, None]).sum(1, dtype=jnp.int32), num_seqs - 1)
         chunks = jnp.where(is_item, first_chunks[sequences] + items - starts[sequences], 0)
@@ -209,7 +219,7 @@ def _attend_decodes(
         if window is not None:
             is_seen &= positions >= first_keys[sequences][:, None]
         keys, values = _gather(kv, tables[sequences, chunks], is_seen)
-        rows = query[sequences].astype(jnp.float32).reshape(DECODE_ITEMS, num_kv_heads, -1, head_dim) * scale
+        rows = query[sequences].astype(jnp.float32).reshape(-1, num_kv_heads, group, head_dim) * scale
         scores = _score(rows, keys, is_seen[:, None], soft_cap)
         # the sequence left open by the turn before joins as item 0; items that are none are sequence -1
         sequences = jnp.concatenate([pending_sequence[None], jnp.where(is_item, sequences, -1)])
@@ -224,12 +234,12 @@ def _attend_decodes(
         # all items of a sequence hold the same sum; a later turn overwrites it if the sequence was not at its end
         targets = jnp.where(is_item, sequences[1:], output.shape[0] - 1)
         finished = _finish(_Partial(*(leaf[1:] for leaf in merged)), head_sinks)
-        output = output.at[targets].set(finished.reshape(DECODE_ITEMS, *output.shape[1:]), mode="promise_in_bounds")
+        output = output.at[targets].set(finished.reshape(-1, *output.shape[1:]), mode="promise_in_bounds")
         return output, _Partial(*(leaf[-1] for leaf in merged)), sequences[-1]
 
-    heads = (num_kv_heads, query.shape[1] // num_kv_heads)
+    heads = (num_kv_heads, group)
     nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
-    num_turns = -(-num_items // DECODE_ITEMS)
+    num_turns = -(-num_items // items_per_turn)
     return lax.fori_loop(0, num_turns, turn, (output, nothing, jnp.int32(-1)))[0]
 
 
@@ -311,7 +321,5 @@ def attend(
     num_tokens, num_q_heads, head_dim = query.shape
     output = jnp.zeros((num_tokens + metadata.tile_size, num_q_heads, head_dim), jnp.float32)
     for attend_some in (_attend_decodes, _attend_tiles):
-        output = attend_some(
-            query, kv, metadata, output, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
-        )
+        output = attend_some(query, kv, metadata, output, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     return output[:num_tokens].astype(query.dtype), kv

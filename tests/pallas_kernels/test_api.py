@@ -11,11 +11,8 @@ from pallas_kernels import IMPLEMENTATIONS, AttentionCase, KVLayout, explain, ma
 
 LAYOUT = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
 CASE = AttentionCase(platform="cpu", num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
-METADATA = jax.tree.map(
-    jnp.asarray,
-    make_metadata(
-        block_tables=np.array([[1]], np.int32), context_lens=[3], query_lens=[3], block_size=8, key_chunk_tokens=8
-    ),
+METADATA = make_metadata(
+    block_tables=np.array([[1]], np.int32), context_lens=[3], query_lens=[3], block_size=8, key_chunk_tokens=8
 )
 GOOD = {
     "query": jnp.zeros((3, 4, 4)),

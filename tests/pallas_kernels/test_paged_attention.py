@@ -1,6 +1,7 @@
 """Every implementation of the table equals the reference on every case it claims, and the reference equals numbers
 worked by hand."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -48,23 +49,19 @@ def layout(case: BatchCase, name: str) -> KVLayout:
     )
 
 
-def small(
-    name: str, keys: list[list[float]], values: list[list[float]], query_lens: list[int]
-) -> tuple[object, AttentionMetadata]:
-    """A layer cache of block size 2 and one head of dim 2: each sequence's tokens, all new, and their metadata."""
-    del keys, values
-    lens = query_lens
-    counts = [-(-length // 2) for length in lens]
-    tables = np.zeros((len(lens), max(counts)), np.int32)
-    block = 1
-    for row, count in enumerate(counts):
-        tables[row, :count] = range(block, block + count)
-        block += count
-    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(block)
+def one_prompt(name: str, length: int) -> tuple[object, AttentionMetadata]:
+    """An empty layer cache of block size 2, one head of dim 2, and the metadata of one prompt."""
+    count = -(-length // 2)
+    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(count + 1)
     metadata = make_metadata(
-        block_tables=tables, context_lens=lens, query_lens=lens, block_size=2, tile_size=2, key_chunk_tokens=2
+        block_tables=np.arange(count, 0, -1, dtype=np.int32)[None],
+        context_lens=[length],
+        query_lens=[length],
+        block_size=2,
+        tile_size=2,
+        key_chunk_tokens=2,
     )
-    return kv, jax.tree.map(jnp.asarray, metadata)
+    return kv, metadata
 
 
 LOG2 = float(np.log(2.0))
@@ -91,7 +88,7 @@ HAND = {
 @pytest.mark.parametrize("hand", HAND)
 def test_gives_the_numbers_worked_by_hand(hand: str, name: str) -> None:
     options, scores, values, expected = HAND[hand]
-    kv, metadata = small(name, [], [], [3])
+    kv, metadata = one_prompt(name, 3)
     query = jnp.broadcast_to(jnp.array([1.0, 5.0], jnp.float32), (3, 1, 2))
     key = jnp.array([[[score, 0.0]] for score in scores], jnp.float32)
     output, _ = paged_attention(
@@ -101,14 +98,31 @@ def test_gives_the_numbers_worked_by_hand(hand: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_that_is_not_finite_leaves_its_mates_alone(name: str) -> None:
+    # decodes 0 .. 3 share turns, sequences 4 and 5 have tiles; 1 and 4 bring a NaN value, 2 an infinite key
+    case = CASES[3]
+    assert [length for _, length in case.sequences] == [1, 1, 1, 1, 64, 40, 3]
+    batch = make_batch(case, name)
+    healthy, _ = run(batch, name)
+    sick = replace(
+        batch,
+        value=batch.value.at[jnp.array([1, 40])].set(jnp.nan),
+        key=batch.key.at[2].set(jnp.inf),
+    )
+    output, _ = run(sick, name)
+    assert np.isnan(output[[1, 2]]).all()
+    assert np.isnan(output[40:68]).all(), "the tokens of sequence 4 that see token 40"
+    mates = [0, 3, *range(68, len(output))]
+    np.testing.assert_array_equal(output[mates], healthy[mates])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_but_padding_gives_zeros_and_leaves_the_blocks_alone(name: str) -> None:
     kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(3)
     metadata = make_metadata(
         block_tables=np.zeros((0, 2), np.int32), context_lens=[], query_lens=[], block_size=2, num_tokens=3, num_seqs=2
     )
     padding = jnp.full((3, 1, 2), jnp.nan)
-    output, after = paged_attention(
-        padding, padding, padding, kv, jax.tree.map(jnp.asarray, metadata), scale=1.0, implementation=name
-    )
+    output, after = paged_attention(padding, padding, padding, kv, metadata, scale=1.0, implementation=name)
     assert not np.asarray(output).any()
     assert all(not np.asarray(leaf)[1:].any() for leaf in jax.tree.leaves(after))
