@@ -30,8 +30,8 @@ from pallas_kernels import IMPLEMENTATIONS, AttentionMetadata, KVLayout, paged_a
 from pallas_kernels.cases import BENCH_CASES, Batch, BatchCase, make_batch, with_options
 
 MAPPED_TURN_TOKENS = 256
-MAX_DENSE_SCORES = 8 * 2**20
-"""The reference makes scores of every token with every slot of its table; beyond this many it is left out."""
+MAX_DENSE_ELEMENTS = 2**25
+"""The reference gathers every slot of its table for every token; beyond this many elements it is left out."""
 
 
 def mapped(
@@ -101,9 +101,10 @@ def clean(kv: Any) -> Any:
 
 def contestants(case: BatchCase, names: Sequence[str], num_layers: int) -> list[Contestant]:
     entered = []
-    dense = sum(length for _, length in case.sequences) * max(context for context, _ in case.sequences)
+    num_gathered = sum(length for _, length in case.sequences) * max(context for context, _ in case.sequences)
+    num_gathered *= 2 * case.heads.num_kv_heads * case.heads.head_dim
     for row in IMPLEMENTATIONS:
-        if row.name in names and not (row.name == "reference" and dense * case.heads.num_q_heads > MAX_DENSE_SCORES):
+        if row.name in names and not (row.name == "reference" and num_gathered > MAX_DENSE_ELEMENTS):
             function = partial(paged_attention, implementation=row.name)
             entered.append(enter(row.name, function, make_batch(case, row.name), num_layers))
     if "mapped" in names and case.dtype == "float32" and all(length == 1 for _, length in case.sequences):

@@ -1,12 +1,15 @@
 """The doors of the op: what does not fit is refused with the value and the remedy."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels import IMPLEMENTATIONS, AttentionCase, KVLayout, explain, make_metadata, paged_attention, pick
 
 LAYOUT = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
@@ -114,3 +117,10 @@ def test_metadata_puts_leading_single_tokens_among_the_decodes_and_cuts_the_rest
         make_metadata(
             block_tables=np.array([[1]]), context_lens=[3], query_lens=[3], block_size=4, num_tokens=2, num_seqs=1
         )
+
+
+def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(pallas_kernels.__file__).parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("(6, 8, 64)\n")
