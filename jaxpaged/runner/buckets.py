@@ -56,12 +56,9 @@ class Buckets:
             # samples of one prompt end one by one
             return tuple(sorted(met | {self.pick(k, k, k) for k in range(1, num_seqs + 1)}))
         top = self.pick(min(max(sum(prompt_lens), num_seqs), largest.num_tokens), 1, 1)
-        most_logits = self.pick(num_seqs, num_seqs, num_seqs).num_logits
+        most_logits = max(SMALL, self.pick(num_seqs, num_seqs, num_seqs).num_logits)
         return tuple(
-            bucket
-            for bucket in self.all
-            if bucket.num_tokens <= top.num_tokens
-            and (bucket.num_logits <= most_logits or bucket.num_tokens <= SMALL)
+            bucket for bucket in self.all if bucket.num_tokens <= top.num_tokens and bucket.num_logits <= most_logits
         )
 
 

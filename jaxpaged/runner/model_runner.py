@@ -39,10 +39,10 @@ from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
 from pallas_kernels import KVLayout, paged_attention
 
-TILE_SIZE = 32
-"""Query tokens in a chunk tile."""
-KEY_CHUNK_TOKENS = 256
-"""Keys per turn of the attention's inner loop."""
+TILE_SIZE = 64
+"""Query tokens in a chunk tile (measured in pallas_kernels/README.md, decision 6)."""
+KEY_CHUNK_TOKENS = 128
+"""Keys per turn of a chunk tile; a block of more tokens is one turn."""
 INVARIANT_TILE_SIZE = 8
 """The same in batch-invariant mode, where a decode pays for a whole tile."""
 
@@ -145,7 +145,7 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         ),
         attending=Attending(
             tile_size=INVARIANT_TILE_SIZE if is_invariant else TILE_SIZE,
-            key_chunk_tokens=KEY_CHUNK_TOKENS,
+            key_chunk_tokens=max(KEY_CHUNK_TOKENS, engine_config.block_size),
             has_decode_tiles=not is_invariant,
         ),
         layout=KVLayout(

@@ -91,7 +91,7 @@ def _write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens
 
 
 def _gather(
-    kv: Cache, ids: Int[Array, "items blocks"], is_used: Bool[Array, "items keys"]
+    kv: Cache, ids: Int[Array, "items item_blocks"], is_used: Bool[Array, "items keys"]
 ) -> tuple[Float[Array, "items kv_heads head_dim keys"], Float[Array, "items kv_heads keys head_dim"]]:
     """Keys and values of each item's blocks, contiguous, float32; values of keys that are not used are 0.
 

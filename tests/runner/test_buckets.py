@@ -1,0 +1,57 @@
+"""Buckets: the smallest that holds a step, and no shape beyond the list."""
+
+import pytest
+
+from jaxpaged.runner.buckets import Bucket, make_buckets
+
+BUCKETS = make_buckets(max_num_batched_tokens=512, max_num_seqs=64)
+WIDE = make_buckets(max_num_batched_tokens=2048, max_num_seqs=256)
+
+
+def test_sizes_are_powers_of_two_and_small_ones_have_a_logit_row_per_token():
+    assert [bucket.num_tokens for bucket in BUCKETS.all] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [bucket.num_logits for bucket in BUCKETS.all] == [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]
+    assert WIDE.max_num_logits == 256
+    assert Bucket(1024, 64, 256) in WIDE.all
+    assert Bucket(1024, 256, 256) in WIDE.all
+
+
+@pytest.mark.parametrize(
+    ("step", "bucket"),
+    [
+        ((1, 1, 1), Bucket(1, 1, 1)),
+        ((3, 3, 3), Bucket(4, 4, 4)),
+        ((40, 1, 1), Bucket(64, 64, 64)),
+        ((65, 2, 2), Bucket(128, 64, 64)),
+        ((4, 60, 1), Bucket(64, 64, 64)),  # many samples of one short prompt
+    ],
+)
+def test_a_step_takes_the_smallest_bucket_that_holds_it(step, bucket):
+    assert BUCKETS.pick(*step) == bucket
+
+
+def test_a_step_that_no_bucket_holds_is_an_error():
+    with pytest.raises(ValueError, match="513 tokens"):
+        BUCKETS.pick(513, 1, 1)
+
+
+def test_one_prompt_reaches_its_chunks_and_the_decode():
+    assert BUCKETS.reachable([40], 1) == (Bucket(1, 1, 1), Bucket(64, 64, 64))
+    # 1100 = 512 + 512 + 76
+    assert BUCKETS.reachable([1100], 1) == (Bucket(1, 1, 1), Bucket(128, 64, 64), Bucket(512, 64, 64))
+
+
+def test_several_prompts_reach_every_bucket_up_to_their_sum():
+    reached = WIDE.reachable([30, 40], 2)
+    assert {bucket.num_tokens for bucket in reached} == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert WIDE.reachable([30, 40], 2, all_logits=True) == WIDE.all
+    assert {bucket.num_logits for bucket in WIDE.reachable([900] * 200, 200)} >= {64, 256}
+
+
+def test_the_invariant_list_is_one_bucket():
+    (bucket,) = make_buckets(max_num_batched_tokens=100, max_num_seqs=8, is_single=True).all
+    assert bucket == Bucket(100, 64, 8)
+
+
+def test_sixteen_bit_weights_on_cpu_never_meet_a_single_row():
+    assert make_buckets(max_num_batched_tokens=8, max_num_seqs=8, min_num_tokens=2).all[0] == Bucket(2, 2, 2)
