@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from converters import llama
+from converters.llama import as_list
+from converters.llama import rules as llama_rules
+from converters.llama import translate as translate_llama
 from converters.rules import Assignment, Ignore, Plan, Rule, make_plan
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
@@ -29,7 +31,7 @@ class Architecture:
     rules: Callable[[ModelConfig], tuple[Rule | Ignore, ...]]
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Architecture(llama.translate, llama.rules)}
+ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Architecture(translate_llama, llama_rules)}
 NAME_OF_MODEL_TYPE: Mapping[str, str] = {"llama": "LlamaForCausalLM"}
 """For configs that name no architecture."""
 
@@ -150,7 +152,7 @@ def _with_generation_tokens(source: Path, config: ModelConfig) -> ModelConfig:
         GenerationDefaults.from_generation_config(values)
         if eos_token_id is None:
             return config
-        return ModelConfig.from_json(config.as_json() | {"eos_token_ids": llama.as_list(eos_token_id)})
+        return ModelConfig.from_json(config.as_json() | {"eos_token_ids": as_list(eos_token_id)})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -28,13 +28,17 @@ class StepPlan:
         return SchedulerOutput(tuple(self.scheduled), tuple(self.swap_out), tuple(self.swap_in), tuple(self.copies))
 
 
-def num_logit_rows(item: ScheduledSequence) -> int:
-    """Logit rows of the item: its samples, and each prompt position whose next token's logprob is wanted."""
+def num_prompt_logprob_rows(item: ScheduledSequence) -> int:
+    """Scheduled prompt positions whose next token is a prompt token too, if the request asks for their logprobs."""
     request = item.sequence.request
     if request.params.prompt_logprobs is None:
-        return item.num_samples
-    last = len(request.prompt_token_ids) - 1
-    return item.num_samples + max(0, min(item.start + item.num_new_tokens, last) - item.start)
+        return 0
+    return max(0, min(item.start + item.num_new_tokens, request.num_prompt_tokens - 1) - item.start)
+
+
+def num_logit_rows(item: ScheduledSequence) -> int:
+    """Logit rows of the item: its samples, and each prompt position whose next token's logprob is wanted."""
+    return item.num_samples + num_prompt_logprob_rows(item)
 
 
 def plan_sequence(

@@ -43,7 +43,6 @@ class _Live:
     is_streamed: bool
     arrival_clock_s: float
     """time.perf_counter at arrival; `Request.arrival_time_s` is the wall clock."""
-    first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     detokenizers: dict[int, Detokenizer] = field(default_factory=dict)
@@ -90,6 +89,7 @@ class Engine:
             preemption=engine_config.preemption,
             enable_chunked_prefill=engine_config.enable_chunked_prefill,
             order=by_priority if engine_config.scheduling_policy == "priority" else first_come_first_served,
+            clock=time.perf_counter,
         )
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._seeds = random.Random(engine_config.seed)
@@ -261,7 +261,6 @@ class Engine:
         except Exception as error:  # whatever the device raised, every request it touched must end
             self._fail(error)
             return None
-        self._note_scheduled(plan, started)
         times.num_steps += 1
         times.build_s += built - started
         times.dispatch_s += clock() - built
@@ -306,13 +305,6 @@ class Engine:
         for sequence in live.group.unfinished:
             self.scheduler.finish(sequence, FinishReason.ERROR, message)
         self._ended.append(live)
-
-    def _note_scheduled(self, plan: SchedulerOutput, now: float) -> None:
-        for item in plan.scheduled:
-            if item.start < item.sequence.request.num_prompt_tokens:
-                live = self._live.get(item.sequence.request.request_id)
-                if live is not None and live.first_scheduled_s is None:
-                    live.first_scheduled_s = now
 
     # ---- publishing
 
@@ -428,8 +420,8 @@ class Engine:
 
         return RequestMetrics(
             arrival_time_s=live.request.arrival_time_s,
-            queue_s=between(live.arrival_clock_s, live.first_scheduled_s),
-            prefill_s=between(live.first_scheduled_s, live.first_token_s),
+            queue_s=between(live.arrival_clock_s, live.group.first_scheduled_time_s),
+            prefill_s=between(live.group.first_scheduled_time_s, live.first_token_s),
             decode_s=between(live.first_token_s, live.last_token_s),
             time_to_first_token_s=between(live.arrival_clock_s, live.first_token_s),
             num_preemptions=live.group.num_preemptions,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int32
 
 from jaxpaged.core.request import Request, Sequence
 from jaxpaged.core.scheduler_output import ScheduledSequence
+from jaxpaged.core.step_plan import num_prompt_logprob_rows
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.sampler import SamplingBatch
 from pallas_kernels import AttentionMetadata
@@ -210,14 +211,6 @@ class BuiltBatch:
     is_plain: bool
     """Whether every row is greedy, without lists, penalties or log-probabilities: then the step needs no sampler."""
     has_logprobs: bool
-
-
-def num_prompt_logprob_rows(item: ScheduledSequence) -> int:
-    """Scheduled prompt positions whose next token is a prompt token too, if the request asks for their logprobs."""
-    request = item.sequence.request
-    if request.params.prompt_logprobs is None:
-        return 0
-    return max(min(item.start + item.num_new_tokens, request.num_prompt_tokens - 1) - item.start, 0)
 
 
 def build(

@@ -21,6 +21,7 @@ from jaxpaged.core.scheduler_output import (
     SequenceOutput,
     TokenLogprobs,
 )
+from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
 from jaxpaged.runner.input_batch import (
@@ -193,7 +194,6 @@ class ModelRunner:
         plan: MemoryPlan,
     ) -> None:
         self.shapes = shapes
-        self.num_recovered_swaps = 0
         self._vocab_size = model_config.vocab_size
         self._num_layers = model_config.num_layers
         self._num_blocks = plan.num_device_blocks
@@ -215,10 +215,6 @@ class ModelRunner:
         }
         self._warm: set[Bucket] = set()
         self._warm_samplers: set[int] = set()
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self._leaves)
 
     def _init_kv(self) -> Any:
         return tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
@@ -248,11 +244,7 @@ class ModelRunner:
             if not self._tables.is_owned_by(row, sequence):
                 self._claim(row, sequence)
             num_tokens += item.num_new_tokens
-            num_logits += item.num_samples
-            if sequence.request.params.prompt_logprobs is not None:
-                num_logits += max(
-                    min(item.start + item.num_new_tokens, sequence.request.num_prompt_tokens - 1) - item.start, 0
-                )
+            num_logits += num_logit_rows(item)
         bucket = self.shapes.buckets.pick(num_tokens, num_logits, len(plan.scheduled))
         return build(plan.scheduled, self._tables, self._layouts[bucket], self._block_size)
 
