@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import TRANSPOSE, Ignore, Rule
+from converters.rules import Ignore, Rule
 from jaxpaged.models.config import ModelConfig
 
 DEFAULT_ROPE_THETA = 10_000.0
@@ -198,7 +198,7 @@ def rules(config: ModelConfig) -> tuple[Rule | Ignore, ...]:
     )
     return (
         Rule("model.embed_tokens.weight", "embedding.table"),
-        *(Rule(f"model.layers.{{i}}.{s}.weight", f"layers.{{i}}.{t}.kernel", TRANSPOSE) for s, t in linear),
+        *(Rule(f"model.layers.{{i}}.{s}.weight", f"layers.{{i}}.{t}.kernel") for s, t in linear),
         *(Rule(f"model.layers.{{i}}.{s}.bias", f"layers.{{i}}.{t}.bias") for s, t in linear),
         Rule("model.layers.{i}.input_layernorm.weight", "layers.{i}.attention_norm.scale"),
         Rule("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.mlp_norm.scale"),
@@ -206,7 +206,7 @@ def rules(config: ModelConfig) -> tuple[Rule | Ignore, ...]:
         (
             Ignore("lm_head.weight", because="tied to the embedding", same_as="model.embed_tokens.weight")
             if config.tie_embeddings
-            else Rule("lm_head.weight", "head.kernel", TRANSPOSE)
+            else Rule("lm_head.weight", "head.kernel")
         ),
         Ignore("model.layers.{i}.self_attn.rotary_emb.inv_freq", because="recomputed from rope_theta"),
         Ignore("model.rotary_emb.inv_freq", because="recomputed from rope_theta"),

@@ -21,7 +21,7 @@ class Transform:
 
 KEEP = Transform("kept", lambda tensor: tensor, lambda shape: shape)
 TRANSPOSE = Transform("transposed", lambda tensor: np.ascontiguousarray(tensor.T), lambda shape: shape[::-1])
-"""Linear weights are [out, in] in torch and [in, out] here."""
+"""Linear weights are [out, in] in torch and here; a few architectures keep theirs as [in, out]."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The token embedding, which is also the output head where a model ties the two."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from jaxpaged.layers.linear import dot
 
 
 class Embedding(nnx.Module):
@@ -18,12 +19,5 @@ class Embedding(nnx.Module):
         return self.table[...].at[token_ids].get(mode="clip")
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float[Array, "rows vocab"]:
-        """Return `hidden @ table.T` in float32.
-
-        Written as (table @ hidden.T).T: with the table on the left no backend has to transpose it, and XLA's CPU
-        dot is as fast as with a second, transposed copy of the table (README, decision 1), which is not kept.
-        """
-        by_entry = jax.lax.dot_general(
-            self.table[...], hidden, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return by_entry.T
+        """Return `hidden @ table.T` in float32: the table as the kernel of a linear layer."""
+        return dot(hidden, self.table[...])

@@ -21,7 +21,7 @@ from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
 
 FORMAT = "jaxpaged"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 COMPANION_FILES = (
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> ModelConfig:
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: not a native checkpoint: convert it with `python -m converters {folder} TARGET`")
     if (version := values.pop("format_version", None)) != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}")
+        raise ValueError(f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}: convert it again")
     try:
         return ModelConfig.from_json(values)
     except ValueError as error:

@@ -40,8 +40,7 @@ def random_model(config: ModelConfig, seed: int, *, max_model_len: int | None = 
         elif name.endswith(".bias"):
             centre, half_width = 0.0, 0.1
         else:
-            fan_in = spec.shape[1] if name.endswith(".table") else spec.shape[0]
-            centre, half_width = 0.0, math.sqrt(3.0 / fan_in)
+            centre, half_width = 0.0, math.sqrt(3.0 / spec.shape[1])
         arrays[name] = _draw(
             jax.random.fold_in(key, index), centre, half_width, shape=spec.shape, dtype=spec.dtype
         )

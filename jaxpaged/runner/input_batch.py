@@ -75,7 +75,8 @@ class PackedLayout:
     def num_tile_slots(self) -> int:
         """Tiles that the bucket's tokens can be cut into at most."""
         bucket = self.bucket
-        return bucket.num_tokens // self.attending.tile_size + bucket.num_seqs
+        least_tokens = 2 if self.attending.has_decode_tiles else 1  # of a sequence that is cut into tiles
+        return bucket.num_tokens // self.attending.tile_size + min(bucket.num_seqs, bucket.num_tokens // least_tokens)
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, int]]:

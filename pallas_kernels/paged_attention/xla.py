@@ -13,6 +13,7 @@ Two loops, both with dynamic trip counts, so that padding costs nothing:
 In the second loop nothing that reaches a row depends on what else is in the tile or the batch.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -254,13 +255,15 @@ def _attend_tiles(
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
 ) -> Float[Array, "rows q_heads head_dim"]:
-    """`output` with the rows of the tokens of all tiles filled in; it has tile_size rows more than there are tokens."""
+    """`output` with the rows of the tokens of all tiles filled in."""
     num_kv_heads, head_dim, block_size = kv[0].shape[1:]
     num_q_heads, tile_size, chunk = query.shape[1], metadata.tile_size, metadata.key_chunk_tokens
     group = num_q_heads // num_kv_heads
     chunk_blocks = chunk // block_size
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -metadata.block_tables.shape[1] % chunk_blocks)))
-    query = jnp.pad(query, ((0, tile_size), (0, 0), (0, 0)))
+    num_rows = output.shape[0]
+    # a tile is read and written whole, also where the tokens end within it
+    query, output = (jnp.pad(rows, ((0, tile_size), (0, 0), (0, 0))) for rows in (query, output))
     row_sinks = None
     if sinks is not None:
         row_sinks = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group), (1, tile_size))
@@ -301,7 +304,7 @@ def _attend_tiles(
         tile = jnp.where((jnp.arange(tile_size) < length)[:, None, None], tile, old)
         return lax.dynamic_update_slice_in_dim(output, tile, start, 0)
 
-    return lax.fori_loop(0, metadata.num_tiles, attend_tile, output)
+    return lax.fori_loop(0, metadata.num_tiles, attend_tile, output)[:num_rows]
 
 
 def attend(
@@ -319,7 +322,16 @@ def attend(
     """The op as `api.paged_attention` defines it."""
     kv = _write(kv, key, value, metadata.slot_mapping)
     num_tokens, num_q_heads, head_dim = query.shape
-    output = jnp.zeros((num_tokens + metadata.tile_size, num_q_heads, head_dim), jnp.float32)
-    for attend_some in (_attend_decodes, _attend_tiles):
-        output = attend_some(query, kv, metadata, output, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+    attend_decodes, attend_tiles = (
+        partial(attend_some, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+        for attend_some in (_attend_decodes, _attend_tiles)
+    )
+    output = jnp.zeros((num_tokens + 1, num_q_heads, head_dim), jnp.float32)
+    output = attend_decodes(query, kv, metadata, output)
+    if metadata.tile_sequences.shape[0]:
+        # without the condition, what does not depend on the tile is done in steps that have none: its padding, and
+        # where there is one tile slot, its whole loop over keys, which XLA moves out of the loop over tiles
+        output = lax.cond(
+            metadata.num_tiles > 0, attend_tiles, lambda query, kv, metadata, output: output, query, kv, metadata, output
+        )
     return output[:num_tokens].astype(query.dtype), kv

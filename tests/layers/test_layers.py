@@ -14,14 +14,14 @@ from jaxpaged.layers.norm import RMSNorm
 
 def test_a_linear_layer_multiplies_by_its_kernel_and_adds_its_bias():
     layer = Linear(2, 3, use_bias=True, dtype=jnp.float32)
-    layer.kernel[...] = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    layer.kernel[...] = jnp.array([[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]])
     layer.bias[...] = jnp.array([0.5, 0.0, -0.5])
     np.testing.assert_array_equal(layer(jnp.array([[1.0, 10.0]])), [[41.5, 52.0, 62.5]])
 
 
 def test_bfloat16_dots_are_summed_in_float32():
     layer = Linear(257, 1, use_bias=True, dtype=jnp.bfloat16)
-    layer.kernel[...] = jnp.ones((257, 1), jnp.bfloat16)
+    layer.kernel[...] = jnp.ones((1, 257), jnp.bfloat16)
     layer.bias[...] = jnp.array([1.0], jnp.bfloat16)
     outputs = layer(jnp.ones((2, 257), jnp.bfloat16))
     # a bfloat16 sum of ones stops at 256; 257 + 1 = 258 is exact in bfloat16

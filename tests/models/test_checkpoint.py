@@ -112,8 +112,8 @@ def test_a_folder_that_is_not_native_says_how_to_convert_it(stories260k):
         ("[1]", "must hold a JSON object"),
         ("\xff", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"format": "jaxpaged", "format_version": 2}', "format_version=2"),
-        ('{"format": "jaxpaged", "format_version": 1}', "missing fields"),
+        ('{"format": "jaxpaged", "format_version": 1}', "format_version=1"),
+        ('{"format": "jaxpaged", "format_version": 2}', "missing fields"),
     ],
 )
 def test_a_broken_config_is_refused_by_file(tmp_path, model, text, said):
