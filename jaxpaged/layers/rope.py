@@ -254,7 +254,12 @@ def rotary_angles(
     """Return the float32 cosines and sines of every token, attention factor included; once per step, for all layers."""
     frequencies = jnp.array(table.inverse_frequencies, jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.cos(angles) * table.attention_factor, jnp.sin(angles) * table.attention_factor
+    both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1) * table.attention_factor
+    # the result of a scatter is not fused into its readers: else XLA's CPU loops compute each cosine anew for every
+    # head of every layer (README, decision 6; an optimization_barrier is taken out too early)
+    kept = jnp.zeros_like(both).at[jnp.arange(positions.shape[0])].set(both, unique_indices=True)
+    cosines, sines = jnp.split(kept, 2, axis=-1)
+    return cosines, sines
 
 
 def rotate(

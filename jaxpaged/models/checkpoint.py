@@ -66,7 +66,9 @@ def read_config(folder: Path) -> ModelConfig:
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: not a native checkpoint: convert it with `python -m converters {folder} TARGET`")
     if (version := values.pop("format_version", None)) != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}: convert it again")
+        raise ValueError(
+            f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}: convert it again"
+        )
     try:
         return ModelConfig.from_json(values)
     except ValueError as error:

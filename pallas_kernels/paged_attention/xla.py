@@ -331,7 +331,6 @@ def attend(
     if metadata.tile_sequences.shape[0]:
         # without the condition, what does not depend on the tile is done in steps that have none: its padding, and
         # where there is one tile slot, its whole loop over keys, which XLA moves out of the loop over tiles
-        output = lax.cond(
-            metadata.num_tiles > 0, attend_tiles, lambda query, kv, metadata, output: output, query, kv, metadata, output
-        )
+        operands = query, kv, metadata, output
+        output = lax.cond(metadata.num_tiles > 0, attend_tiles, lambda *operands: operands[-1], *operands)
     return output[:num_tokens].astype(query.dtype), kv

@@ -1,7 +1,9 @@
 """Rotary frequencies are those of transformers, and depend on nothing but the model and its longest sequence."""
 
 import math
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,3 +123,17 @@ def test_a_scaling_survives_json(case):
     assert scaling is not None
     values = rope_scaling_as_json(scaling)
     assert parse_rope_scaling(values.pop("rope_type"), values) == scaling
+
+
+def test_cosines_are_computed_once_whatever_the_number_of_rotations():
+    rope = table("llama3")
+    half = len(rope.inverse_frequencies)
+
+    def rotations(heads, positions):
+        cosines, sines = rotary_angles(positions, rope)
+        for _ in range(3):
+            heads = jnp.tanh(rotate(heads, cosines, sines) @ jnp.eye(2 * half))
+        return heads
+
+    compiled = jax.jit(rotations).lower(jnp.ones((16, 4, 2 * half)), jnp.arange(16)).compile()
+    assert len(re.findall(r" (?:cosine|sine)\(", compiled.as_text())) == 2

@@ -1,5 +1,6 @@
 """What the XLA implementation promises beyond being right: rows that do not depend on company, and updates in place."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -131,3 +132,18 @@ def test_a_donated_cache_is_updated_in_place(dtype: str) -> None:
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kv)]
     _, kv = compiled(kv, batch.metadata)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kv)] == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_a_step_without_tiles_runs_no_loop_for_them(num_tokens: int) -> None:
+    case = BatchCase(name="", heads=HEAD_SHAPES["stories260k"], sequences=((40, 1),) * num_tokens, num_padding_tokens=0)
+    batch = make_batch(case, "xla")
+    # one tile slot: the case in which XLA finds that the loop over keys does not depend on the tile
+    slot = jnp.zeros(1, jnp.int32)
+    metadata = dataclasses.replace(batch.metadata, tile_sequences=slot, tile_starts=slot, tile_lens=slot)
+    assert int(metadata.num_tiles) == 0
+    attend = jax.jit(partial(paged_attention, scale=1.0))
+    text = attend.lower(batch.query, batch.key, batch.value, batch.kv, metadata).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert entry.count(" while(") == 1, "the loop over decodes alone"
+    assert entry.count(" conditional(") == 1
