@@ -13,8 +13,7 @@ Two loops, both with dynamic trip counts, so that padding costs nothing:
 In the second loop nothing that reaches a row depends on what else is in the tile or the batch.
 """
 
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -322,15 +321,16 @@ def attend(
     """The op as `api.paged_attention` defines it."""
     kv = _write(kv, key, value, metadata.slot_mapping)
     num_tokens, num_q_heads, head_dim = query.shape
-    attend_decodes, attend_tiles = (
-        partial(attend_some, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
-        for attend_some in (_attend_decodes, _attend_tiles)
-    )
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     output = jnp.zeros((num_tokens + 1, num_q_heads, head_dim), jnp.float32)
-    output = attend_decodes(query, kv, metadata, output)
+    output = _attend_decodes(query, kv, metadata, output, **options)
     if metadata.tile_sequences.shape[0]:
         # without the condition, what does not depend on the tile is done in steps that have none: its padding, and
         # where there is one tile slot, its whole loop over keys, which XLA moves out of the loop over tiles
-        operands = query, kv, metadata, output
-        output = lax.cond(metadata.num_tiles > 0, attend_tiles, lambda *operands: operands[-1], *operands)
+        output = lax.cond(
+            metadata.num_tiles > 0,
+            lambda output: _attend_tiles(query, kv, metadata, output, **options),
+            lambda output: output,
+            output,
+        )
     return output[:num_tokens].astype(query.dtype), kv
