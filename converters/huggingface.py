@@ -1,5 +1,6 @@
 """Hugging Face folders: read lazily, checked before anything is loaded, converted in memory or to a native folder."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from converters.llama import CONFIG_NAMES as LLAMA_CONFIG_NAMES
 from converters.llama import as_list
 from converters.llama import rules as llama_rules
 from converters.llama import translate as translate_llama
@@ -29,9 +31,20 @@ class Architecture:
 
     translate: Callable[..., ModelConfig]
     rules: Callable[[ModelConfig], tuple[Rule | Ignore, ...]]
+    config_names: Mapping[str, str]
+    """What fields of ModelConfig are called in this architecture's config.json; others have the same name there."""
+
+    def in_words_of_the_file(self, error: ValueError) -> str:
+        """The message of an error of ModelConfig, by the names that the user's file has."""
+        message = str(error)
+        for ours, theirs in self.config_names.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+        return message
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Architecture(translate_llama, llama_rules)}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(translate_llama, llama_rules, LLAMA_CONFIG_NAMES)
+}
 NAME_OF_MODEL_TYPE: Mapping[str, str] = {"llama": "LlamaForCausalLM"}
 """For configs that name no architecture."""
 
@@ -94,10 +107,10 @@ def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]
     """
     checkpoint.check_dtype(dtype)
     if not source.is_dir():
-        raise ValueError(f"{source}: not a folder")
+        raise ValueError(f"{source}: not a folder: give the folder of a Hugging Face model (nothing is downloaded)")
     values = read_json(source / "config.json")
     if values.get("format") == checkpoint.FORMAT:
-        raise ValueError(f"{source}: is a native checkpoint already")
+        raise ValueError(f"{source}: is a native checkpoint already: load it as it is")
     _refuse_remote_code(source / "config.json")
     _refuse_remote_code(source / "tokenizer_config.json")
     with TensorFolder(source) as tensors:
@@ -108,7 +121,8 @@ def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]
                 values, dtype=dtype, default_dtype="float32" if first is None else first.dtype.name
             )
         except ValueError as error:
-            raise ValueError(f"{source / 'config.json'}: {error}") from error
+            message = ARCHITECTURES[name].in_words_of_the_file(error)
+            raise ValueError(f"{source / 'config.json'}: {message}") from error
         config = _with_generation_tokens(source, config)
         plan = make_plan(
             ARCHITECTURES[name].rules(config),

@@ -55,6 +55,19 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 """Attributes that are accepted with these values only, because the model has no part that would obey another."""
 
+CONFIG_NAMES: Mapping[str, str] = {
+    "model_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_q_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "activation": "hidden_act",
+    "eos_token_ids": "eos_token_id",
+}
+"""Fields of ModelConfig that config.json calls otherwise."""
+
 ACTIVATION_NAMES: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -119,7 +132,7 @@ def translate(values: Mapping[str, Any], *, dtype: str | None, default_dtype: st
 
 def _required(values: Mapping[str, Any], name: str) -> Any:
     if values.get(name) is None:
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{name} is missing: a Llama's config.json must have it")
     return values[name]
 
 

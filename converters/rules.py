@@ -103,9 +103,15 @@ def make_plan(
         else:
             assigned[target] = Assignment(name, target, rule.transform)
     if missing := set(targets) - set(assigned):
-        raise ValueError(f"{where}: missing tensors: {shown_names(_source_name(rules, name) for name in missing)}")
+        raise ValueError(
+            f"{where}: missing tensors: {shown_names(_source_name(rules, name) for name in missing)}: the checkpoint "
+            "is incomplete, or its config.json is another model's"
+        )
     if extra:
-        raise ValueError(f"{where}: tensors this architecture does not have: {shown_names(extra)}")
+        raise ValueError(
+            f"{where}: tensors this architecture does not have: {shown_names(extra)}: config.json is another model's, "
+            "or the model has added parts that no port here knows"
+        )
     for target, assignment in assigned.items():
         expected = assignment.transform.source_shape(targets[target])
         if sources[assignment.source] != expected:

@@ -5,9 +5,12 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        return options.run(options, started)
+        with insistent_interrupts():
+            return options.run(options, started)
     except ValueError as error:
         print(f"jaxpaged: error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +48,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader went away: let the interpreter not complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def insistent_interrupts() -> Iterator[None]:
+    """Ctrl-C in this block raises KeyboardInterrupt, and again every second until the block is left.
+
+    The interpreter prints and swallows one that comes while a destructor or a callback of compiled code runs, and a
+    single one might so be lost.
+    """
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and hasattr(signal, "setitimer")
+    )
+    if not is_ours:
+        yield
+        return
+    replaced: list[Any] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        if not replaced:
+            replaced.append(signal.signal(signal.SIGALRM, interrupt))
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if replaced:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, replaced[0])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -160,6 +197,7 @@ def _generate(options: argparse.Namespace, started: float) -> int:
             for completion in output.outputs:
                 print(("" if options.no_echo else output.prompt or "") + completion.text)
                 print("---")
+            _print_errors(output)
     if not options.quiet:
         _print_summary(llm, outputs, time.perf_counter() - ready)
     if options.verbose:
@@ -179,10 +217,13 @@ def _print_stream(llm: Any, prompt: Any, params: SamplingParams, *, is_echoed: b
         print(text[shown:], end="", flush=True)
         shown = len(text)
     print()
-    for completion in output.outputs:
-        if completion.finish_reason == "error":
-            print(f"jaxpaged: the request ended in an error: {completion.stop_reason}", file=sys.stderr)
+    _print_errors(output)
     return output
+
+
+def _print_errors(output: Any) -> None:
+    for reason in dict.fromkeys(done.stop_reason for done in output.outputs if done.finish_reason == "error"):
+        print(f"jaxpaged: error: {output.request_id}: {reason}", file=sys.stderr)
 
 
 def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
@@ -232,7 +273,7 @@ def _chat(options: argparse.Namespace, started: float) -> int:
         )
     while True:
         try:
-            text = input("> ")
+            text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             print()
             return 0
@@ -246,8 +287,10 @@ def _chat(options: argparse.Namespace, started: float) -> int:
 
 def _convert(options: argparse.Namespace, started: float) -> int:
     from converters.huggingface import convert  # noqa: PLC0415  a verb imports what it needs
+    from jaxpaged.llm import resolve_folder  # noqa: PLC0415
 
-    report = convert(Path(options.source), Path(options.target), dtype=options.dtype, overwrite=options.overwrite)
+    source = resolve_folder(options.source)
+    report = convert(source, Path(options.target), dtype=options.dtype, overwrite=options.overwrite)
     print(report)
     return 0
 

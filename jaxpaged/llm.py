@@ -16,20 +16,18 @@ from converters.huggingface import load_huggingface, open_checkpoint
 from jaxpaged.config import GIB, OPTIONS, EngineConfig
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import RequestOutput
+from jaxpaged.engine.prompts import Prompt, as_prompt_list
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.parameters import parameter_specs
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.runner.model_runner import memory_plan, resolve_shapes
+from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.model_runner import RunnerShapes, memory_plan, resolve_shapes
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
-MAX_PROMPTS = 1_000_000
-"""Most prompts of one call."""
-Prompt = str | Mapping[str, Any] | Sequence[int]
-"""Text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} with an optional "cache_salt"."""
 ALIASES = {"gpu_memory_utilization": "device_memory_fraction"}
 REMEDIES = {
     "trust_remote_code": "no remote code is ever run: convert the model with a port of its architecture",
@@ -42,8 +40,20 @@ REMEDIES = {
 }
 
 
+CALL_REMEDIES = {
+    "lora_request": "not supported; leave it out",
+    "prompt_token_ids": "give token ids as the prompts: generate([[1, 2, 3]])",
+    "chat_template": "put a chat_template.jinja into the tokenizer's folder",
+    "chat_template_content_format": "messages may have text or lists of text parts; leave it out",
+    "continue_final_message": "not supported; leave it out",
+    "mm_processor_kwargs": "models take text only; leave it out",
+}
+
+
 def resolve_folder(model: str | Path) -> Path:
     """The folder of a model: a path, or "demo" for the one in the package. Raises ValueError; asks no network."""
+    if not isinstance(model, (str, Path)) or not str(model).strip():
+        raise ValueError(f"model={model!r} is not a path: give the folder of a model, or 'demo'")
     if str(model) == "demo":
         return DEMO_FOLDER
     folder = Path(model).expanduser()
@@ -105,19 +115,31 @@ class LLM:
         config = engine_config_from(options)
         keep_compiles()
         folder = resolve_folder(model)
+        if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+            raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
+        # whatever can be refused is refused before a weight is read
+        model_config, shapes, plan = _plan(folder, config)
+        self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
+        text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
         started = time.perf_counter()
-        dtype = None if config.dtype == "auto" else config.dtype
         load = checkpoint.load if checkpoint.is_native(folder) else load_huggingface
         model_config, module = load(
-            folder, dtype=dtype, max_model_len=config.max_model_len, show_progress=show_progress
+            folder, dtype=model_config.dtype, max_model_len=config.max_model_len, show_progress=show_progress
         )
         jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
         self.load_s = time.perf_counter() - started
         self.warm_up_s = self.last_warm_up_s = 0.0
         self._show_progress = show_progress
-        self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
-        text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
-        self.engine = _make_engine(module, model_config, config, text)
+        try:
+            self.engine = Engine(module, model_config, config, shapes, plan, tokenizer=text)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"{plan.kv_bytes:,} bytes for the KV cache or {plan.host_bytes:,} bytes for swapped blocks could not "
+                "be had, though the memory plan allows them: something else uses the memory; lower num_device_blocks, "
+                "device_memory_fraction or host_memory_bytes"
+            ) from error
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer as a transformers object."""
@@ -136,6 +158,8 @@ class LLM:
         *,
         priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, in their order.
 
@@ -143,22 +167,21 @@ class LLM:
             prompts: One prompt or a list; see `Prompt`.
             params: One for all, or one per prompt; None takes the checkpoint's defaults.
             priority: One number per prompt; lower runs first under scheduling_policy="priority".
+            sampling_params: vLLM's name for `params`.
 
         Raises ValueError before anything runs if one prompt or parameter cannot be served.
         """
-        texts = _as_list(prompts)
+        params = _one_of(params, sampling_params, unknown)
+        texts = as_prompt_list(prompts)
         all_params = self._params_per_prompt(params, len(texts))
-        if priority is not None and len(priority) != len(texts):
-            raise ValueError(f"priority has {len(priority)} entries for {len(texts)} prompts")
+        if priority is not None and (not isinstance(priority, (list, tuple)) or len(priority) != len(texts)):
+            raise ValueError(f"priority={priority!r} must be a list with one integer for each of {len(texts)} prompts")
         added: list[str] = []
         try:
             for index, (prompt, one) in enumerate(zip(texts, all_params, strict=True)):
-                content, salt = _read_prompt(prompt)
                 try:
                     added.append(
-                        self.engine.add_request(
-                            content, one, cache_salt=salt, priority=0 if priority is None else priority[index]
-                        )
+                        self.engine.add_request(prompt, one, priority=0 if priority is None else priority[index])
                     )
                 except ValueError as error:
                     place = f"prompt {index}: " if len(texts) > 1 else ""
@@ -172,8 +195,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding its output so far after every step that added to it."""
         (one,) = self._params_per_prompt(params, 1)
-        content, salt = _read_prompt(prompt)
-        request_id = self.engine.add_request(content, one, cache_salt=salt, is_streamed=True)
+        request_id = self.engine.add_request(prompt, one, is_streamed=True)
         try:
             self.warm_up([request_id])
             while self.engine.has_unfinished:
@@ -188,15 +210,33 @@ class LLM:
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them, through the checkpoint's chat template."""
-        if not messages:
-            raise ValueError("messages is empty: give at least one message")
+        """Answer one conversation, or a list of them, through the checkpoint's chat template.
+
+        Args:
+            tools: Function descriptions for the template; what the model answers is given back as text.
+            chat_template_kwargs: Further names for the template, such as `enable_thinking`.
+            sampling_params: vLLM's name for `params`.
+        """
+        params = _one_of(params, sampling_params, unknown)
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError("messages must be a non-empty list of {'role': ..., 'content': ...}, or a list of such")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         tokenizer = self.engine.tokenizer
         assert tokenizer is not None
-        prompts = [
-            {"prompt_token_ids": tokenizer.encode_chat(conversation, add_generation_prompt=add_generation_prompt)}
+        prompts: list[Prompt] = [
+            {
+                "prompt_token_ids": tokenizer.encode_chat(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=tools,
+                    **(chat_template_kwargs or {}),
+                )
+            }
             for conversation in conversations
         ]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
@@ -272,19 +312,8 @@ class LLM:
             self.engine.step()
 
 
-def _make_engine(
-    module: nnx.Module, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None
-) -> Engine:
-    shapes = resolve_shapes(config, model_config, model_config.dtype)
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
-    plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
-    return Engine(module, model_config, config, shapes, plan, tokenizer=tokenizer)
-
-
-def plan_for(model: str | Path, **options: Any) -> str:
-    """The memory plan of a model as a table, before anything is loaded."""
-    config = engine_config_from(options)
-    folder = resolve_folder(model)
+def _plan(folder: Path, config: EngineConfig) -> tuple[ModelConfig, RunnerShapes, MemoryPlan]:
+    """A model's facts, shapes and memory plan; reads the headers of its files and no weight."""
     dtype = None if config.dtype == "auto" else config.dtype
     if checkpoint.is_native(folder):
         model_config = checkpoint.read_config(folder)
@@ -297,38 +326,20 @@ def plan_for(model: str | Path, **options: Any) -> str:
     itemsize = jnp.dtype(model_config.dtype).itemsize
     specs = parameter_specs(build_abstract(model_config))
     weight_bytes = sum(math.prod(spec.shape) * itemsize for spec in specs.values())
-    return memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype).table()
+    plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
+    return model_config, shapes, plan
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    many: list[Any] = list(prompts)
-    if many and all(isinstance(item, int) for item in many):
-        return [many]
-    if not many:
-        raise ValueError("prompts is empty: give at least one prompt")
-    if len(many) > MAX_PROMPTS:
-        raise ValueError(f"{len(many)} prompts in one call; at most {MAX_PROMPTS} are allowed")
-    return many
+def plan_for(model: str | Path, **options: Any) -> str:
+    """The memory plan of a model as a table, before anything is loaded."""
+    _, _, plan = _plan(resolve_folder(model), engine_config_from(options))
+    return plan.table()
 
 
-def _read_prompt(prompt: Prompt) -> tuple[str | list[int], str]:
-    """The text or the token ids of a prompt, and its cache salt."""
-    if isinstance(prompt, str):
-        return prompt, ""
-    if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-        if unknown:
-            raise ValueError(f"a prompt has unknown keys {sorted(unknown)}: use prompt or prompt_token_ids, cache_salt")
-        salt = prompt.get("cache_salt") or ""
-        if not isinstance(salt, str):
-            raise ValueError(f"cache_salt={salt!r} is not a string")
-        if prompt.get("prompt_token_ids") is not None:
-            return list(prompt["prompt_token_ids"]), salt
-        if isinstance(prompt.get("prompt"), str):
-            return prompt["prompt"], salt
-        raise ValueError("a prompt mapping needs a text under 'prompt' or ids under 'prompt_token_ids'")
-    if isinstance(prompt, (list, tuple)):
-        return list(prompt), ""
-    raise ValueError(f"a prompt must be a string, token ids or a mapping, not {type(prompt).__name__}")
+def _one_of(params: Any, sampling_params: Any, unknown: Mapping[str, Any]) -> Any:
+    """`params` under either of its names; ValueError for both, and for names that a call does not have."""
+    for name in unknown:
+        raise ValueError(f"{name} is not accepted: {CALL_REMEDIES.get(name, 'leave it out')}")
+    if params is not None and sampling_params is not None:
+        raise ValueError("params and sampling_params are two names of the same: give one")
+    return sampling_params if params is None else params

@@ -1,9 +1,10 @@
 """What a user may ask of the sampler, checked once at the door (names and defaults follow vLLM's Python API)."""
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`."""
@@ -16,6 +17,43 @@ MAX_STOP_TOKENS = 64
 MAX_ALLOWED_TOKENS = 2**20
 """Most entries of `allowed_token_ids`: above any vocabulary."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+REMEDIES: Mapping[str, str] = {
+    "best_of": "use n, and keep the best by cumulative_logprob",
+    "use_beam_search": "use BeamSearchParams",
+    "beam_width": "use BeamSearchParams",
+    "length_penalty": "use BeamSearchParams",
+    "early_stopping": "use BeamSearchParams",
+    "guided_decoding": "grammar-bound output is not supported yet; use allowed_token_ids, or leave it out",
+    "logits_processors": "not supported yet; use logit_bias, allowed_token_ids or bad_words",
+    "max_new_tokens": "use max_tokens",
+    "min_new_tokens": "use min_tokens",
+    "do_sample": "use temperature; 0 is greedy",
+    "num_beams": "use BeamSearchParams(beam_width=...)",
+    "num_return_sequences": "use n",
+    "typical_p": "use top_p or min_p",
+    "stop_strings": "use stop",
+    "eos_token_id": "use stop_token_ids",
+}
+"""What to use instead of names that other engines have."""
+
+Params = TypeVar("Params")
+
+
+def _naming_unknown_fields(cls: type[Params]) -> type[Params]:
+    """Make the dataclass answer unknown keywords with a ValueError that names the remedy, not with a bare TypeError."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Params, *arguments: Any, **values: Any) -> None:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                remedy = REMEDIES.get(name, f"choose among {', '.join(known)}")
+                raise ValueError(f"{name}={_shown(values[name])} is no field of {cls.__name__}: {remedy}")
+        init(self, *arguments, **values)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
 
 
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -123,6 +161,7 @@ def _check_shared(params: "SamplingParams | BeamSearchParams") -> None:
         raise ValueError("structured_outputs is not supported yet: generate freely, or use allowed_token_ids")
 
 
+@_naming_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next tokens of one request are chosen. Out-of-range values raise ValueError with name, value and range.
@@ -172,7 +211,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     """Only these tokens may be generated."""
     bad_words: Sequence[str] | None = None
-    """Strings whose token sequences are never completed."""
+    """Words never to be completed: the token sequence of each, as at the start of a text and as behind a space. A word
+    that the model spells in other tokens than the tokenizer does is not recognised."""
     structured_outputs: Any = None
     """Grammar-bound output; refused until the engine has a grammar backend."""
 
@@ -205,6 +245,7 @@ class SamplingParams:
             raise ValueError("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on")
 
 
+@_naming_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """What a beam search asks for. Accepted as a value; running one is refused until beams live in the engine."""

@@ -7,6 +7,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# array annotations of these packages are checked at every call, shapes and element types included
+CHECKED = ("jaxpaged.layers", "jaxpaged.models", "jaxpaged.runner", "pallas_kernels.paged_attention.xla")
+install_import_hook(CHECKED, "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

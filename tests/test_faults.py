@@ -107,6 +107,7 @@ def test_a_sequence_whose_logits_are_nan_ends_alone(run_ahead):
     assert [output.outputs[0].finish_reason for output in mixed.outputs] == [
         "length", "error", "length", "error", "length",
     ]
+    assert "NaN" in mixed.outputs[1].outputs[0].stop_reason
     assert [mixed.token_ids[i] for i in (0, 2, 4)] == alone.token_ids
     # nothing it computed is found again by a later request
     again = run(engine, [bad[:17] + [5, 6], prompts[1]], GREEDY)
@@ -141,11 +142,11 @@ def test_a_swap_that_fails_loses_no_request(model, which, monkeypatch):
 def test_a_full_host_pool_means_recompute(model):
     prompts = random_prompts(5, (5, 17, 8, 30, 1, 16, 9, 40))
     params = SamplingParams(temperature=0, max_tokens=24)
-    ample = run(make_engine(model, batch_invariant=True), prompts, params)
-    tight = run(
-        make_engine(model, batch_invariant=True, num_device_blocks=17, host_memory_bytes=0), prompts, params
-    )
-    assert tight.stats.num_swapped_out_blocks == 0
+    ample_engine = make_engine(model, batch_invariant=True)
+    ample = run(ample_engine, prompts, params)
+    one_block = ample_engine.memory_plan.block_bytes
+    tight_engine = make_engine(model, batch_invariant=True, num_device_blocks=17, host_memory_bytes=one_block)
+    tight = run(tight_engine, prompts, params)
     assert tight.stats.num_recompute_preemptions > 0
     assert tight.token_ids == ample.token_ids
 
@@ -213,7 +214,7 @@ def test_an_exception_in_one_detokenizer_ends_that_request_only(model, monkeypat
         def finish(self):
             pass
 
-    engine = make_engine(model, tokenizer=object())
+    engine = make_engine(model, tokenizer=object(), scheduling_policy="priority")
     monkeypatch.setattr(engine, "_make_detokenizer", lambda live: Broken(live.request.priority == 1))
     ids = [engine.add_request([1, 2, 3], GREEDY, priority=priority) for priority in (0, 1, 0)]
     finished = finish(engine)

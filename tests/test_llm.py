@@ -1,13 +1,14 @@
-"""The doors: LLM and the command line, on the demo model and on a real trained checkpoint."""
+"""LLM, on the demo model and on a real trained checkpoint."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
-from jaxpaged.cli import main
+from jaxpaged.engine.engine import Engine
 from jaxpaged.llm import engine_config_from
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
@@ -37,15 +38,6 @@ def test_the_published_story_comes_out_token_for_token(stories260k, golden, opti
     assert len(golden[0]["greedy_token_ids"]) >= 250
     if options:
         assert llm.stats().num_preemptions > 0
-
-
-def test_the_command_line_prints_the_published_story(stories260k, golden, capsys):
-    entry = golden[0]
-    tokens = str(len(entry["greedy_token_ids"]))
-    code = main(["generate", entry["prompt"], "--model", str(stories260k), "--max-tokens", tokens, "--quiet",
-                 "--max-num-seqs", "4"])
-    assert code == 0
-    assert capsys.readouterr().out.strip() == entry["text"].strip()
 
 
 def test_the_story_comes_out_of_the_converter_script_too(stories260k, golden, tmp_path):
@@ -135,6 +127,9 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind(demo):
         ([3.5], GREEDY, "float"),
         (["a"], BeamSearchParams(beam_width=2, max_tokens=3), "BeamSearchParams"),
         (["a"], "hot", "SamplingParams"),
+        (b"a", GREEDY, "bytes"),
+        (None, GREEDY, "NoneType"),
+        (["a"], SamplingParams(max_tokens=None, min_tokens=1024), "min_tokens=1024"),
     ],
 )
 def test_calls_that_make_no_sense_are_refused(demo, prompts, params, match):
@@ -143,6 +138,75 @@ def test_calls_that_make_no_sense_are_refused(demo, prompts, params, match):
         return
     with pytest.raises(ValueError, match=match):
         demo.generate(prompts, params, use_tqdm=False)
+
+
+def test_the_name_of_vllm_for_params_is_understood_and_others_are_refused(demo):
+    one = demo.generate("ROMEO:\n", SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+    same = demo.generate("ROMEO:\n", sampling_params=SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+    assert one[0].outputs[0].token_ids == same[0].outputs[0].token_ids
+    with pytest.raises(ValueError, match="two names of the same"):
+        demo.generate("ROMEO:\n", GREEDY, sampling_params=GREEDY)
+    with pytest.raises(ValueError, match="lora_request is not accepted"):
+        demo.generate("ROMEO:\n", GREEDY, lora_request=1)
+    with pytest.raises(ValueError, match="continue_final_message is not accepted"):
+        demo.chat([{"role": "user", "content": "Hello"}], GREEDY, continue_final_message=True)
+
+
+def test_a_priority_without_the_policy_is_refused(demo):
+    params = SamplingParams(temperature=0, max_tokens=1)
+    assert len(demo.generate(["a", "b"], params, priority=[0, 0], use_tqdm=False)) == 2
+    with pytest.raises(ValueError, match="prompt 1: priority=3 .*scheduling_policy"):
+        demo.generate(["a", "b"], params, priority=[0, 3])
+    with pytest.raises(ValueError, match="one integer for each of 2 prompts"):
+        demo.generate(["a", "b"], params, priority=3)
+
+
+def test_a_text_given_beside_ids_comes_back(demo):
+    prompt = {"prompt": "as the caller wrote it", "prompt_token_ids": [5, 6]}
+    (output,) = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    assert output.prompt == "as the caller wrote it"
+    assert output.prompt_token_ids == (5, 6)
+
+
+def test_a_bad_word_does_not_appear_however_the_tokenizer_cuts_it(demo):
+    prompt = "DUKE VINCENTIO:\nI pray you,"
+    free = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)[0].outputs[0].text
+    words = {word for word in re.findall(r"[a-z]+", free) if len(word) > 2}
+    tokenizer = demo.engine.tokenizer
+    cut_otherwise = {word for word in words if len({len(ids) for ids in tokenizer.bad_words_token_ids([word])}) > 1}
+    assert cut_otherwise, "the test needs a word with another number of tokens behind a space"
+    for word in sorted(cut_otherwise)[:3]:
+        params = SamplingParams(temperature=0, max_tokens=60, bad_words=[word])
+        text = demo.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
+        assert f" {word} " in f" {' '.join(re.findall(r'[a-z]+', free))} "
+        assert f" {word} " not in text
+
+
+def test_a_cache_that_cannot_be_had_is_one_clear_error(monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "__init__", fail)
+    with pytest.raises(ValueError, match="bytes for the KV cache .* could not be had.*num_device_blocks"):
+        LLM("demo", max_num_seqs=4, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_device_blocks": 2**31 - 1}, "blocks fit"),
+        ({"swap_space": 900_000}, "host memory are available"),
+        ({"preemption": "swap", "swap_space": 0}, "recompute"),
+        ({"max_model_len": 4096}, "above the model's 1024 positions"),
+        ({"attention_implementation": "flash"}, "use one of"),
+        ({"tokenizer": 5}, "tokenizer=5"),
+        ({"tokenizer": "no/such"}, "not a folder"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_a_weight_is_read(monkeypatch, options, match):
+    monkeypatch.setattr("jaxpaged.llm.load_huggingface", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=match):
+        LLM("demo", show_progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -162,41 +226,6 @@ def test_names_we_do_not_have_are_refused_with_what_to_use(options, match):
 def test_names_of_vllm_are_understood():
     config = engine_config_from({"gpu_memory_utilization": 0.5, "swap_space": 2, "trust_remote_code": False})
     assert (config.device_memory_fraction, config.host_memory_bytes) == (0.5, 2 * 2**30)
-
-
-@pytest.mark.parametrize("model", ["no/such/folder", "../../etc/passwd", "https://example.com/model", "gpt2"])
-def test_a_model_that_is_no_folder_is_refused_without_asking_a_network(model, capsys):
-    assert main(["generate", "x", "--model", model]) == 2
-    error = capsys.readouterr().err
-    assert "is not a folder" in error
-    assert len(error.strip().splitlines()) == 1
-
-
-def test_plan_and_info_answer_before_anything_is_loaded(capsys):
-    assert main(["plan", "demo", "--max-num-seqs", "4"]) == 0
-    plan = capsys.readouterr().out
-    assert "weights" in plan
-    assert "blocks of 16 tokens" in plan
-    assert main(["info"]) == 0
-    info = capsys.readouterr().out
-    assert "xla" in info
-    assert "jax" in info
-
-
-def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
-    code = main(["generate", "ROMEO:\n", "JULIET:\n", "--n", "2", "--temperature", "1", "--seed", "3",
-                 "--max-tokens", "5", "--max-num-seqs", "4"])
-    captured = capsys.readouterr()
-    assert code == 0
-    assert captured.out.count("---") == 4
-    assert "tok/s" in captured.err
-
-
-def test_a_bad_value_on_the_command_line_is_one_line(capsys):
-    assert main(["generate", "x", "--temperature", "nan"]) == 2
-    error = capsys.readouterr().err
-    assert "temperature=nan" in error
-    assert len(error.strip().splitlines()) == 1
 
 
 def test_a_model_without_a_chat_template_says_so(demo):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -183,3 +184,13 @@ def test_anything_at_all_is_taken_or_refused_with_a_value_error(name, value):
         refusal = f"none: {name} was taken"
         hash(params)
     assert name in refusal
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("best_of", "use n"), ("use_beam_search", "BeamSearchParams"), ("max_new_tokens", "max_tokens"), ("x", "choose")],
+)
+@pytest.mark.parametrize("kind", [SamplingParams, partial(BeamSearchParams, beam_width=2, max_tokens=2)])
+def test_a_name_that_is_no_field_is_refused_with_what_to_use(kind, name, remedy):
+    with pytest.raises(ValueError, match=f"{name}=3 is no field of .*Params: .*{remedy}"):
+        kind(**{name: 3})

@@ -17,6 +17,7 @@ from jaxpaged.core.step_plan import StepPlan, num_logit_rows, plan_sequence
 
 _WATERMARK_DIVISOR = 100
 """A newcomer leaves one block in this many free, so that those who run can grow a little before they preempt it."""
+NONFINITE = "the model gave logits that are NaN or infinite: check the checkpoint's weights and the dtype"
 
 
 class Scheduler:
@@ -504,7 +505,7 @@ class Scheduler:
         for sequence in live:
             self.block_manager.discard(sequence)
         for sequence in live:
-            self._end(group, sequence, FinishReason.ERROR)
+            self._end(group, sequence, FinishReason.ERROR, NONFINITE)
             events.finished.append(sequence)
 
     # -- figures

@@ -1,6 +1,7 @@
 """A checkpoint's chat template: messages in, text out, in a sandbox, as transformers renders it."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -34,6 +35,10 @@ class ChatTemplate:
             return _make_environment().from_string(self.source)
         except TemplateError as error:
             raise ValueError(f"the model's chat template cannot be read: {error}. Mend chat_template.jinja") from error
+
+    def reads(self, name: str) -> bool:
+        """Whether the template mentions a name; what it never mentions has no effect."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def render(self, messages: Messages, *, add_generation_prompt: bool, **variables: Any) -> str:
         """The conversation as text.
@@ -71,6 +76,8 @@ def check_messages(messages: Messages) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{index}] must be a mapping with a text 'role', such as 'user'")
         content = message.get("content")
+        if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+            raise ValueError(f"messages[{index}] has no 'content': give text ('' for none)")
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = "\n".join(_text_of(part, index) for part in content)
         if content is not None and not isinstance(content, str):

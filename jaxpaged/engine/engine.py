@@ -17,6 +17,7 @@ from jaxpaged.core.scheduler_output import SchedulerOutput, TokenLogprobs
 from jaxpaged.core.step_events import StepEvents, TokenEvent
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxpaged.engine.prompts import Prompt, read_prompt
 from jaxpaged.engine.stats import CompileCounter, EngineStats, FinishedCounts, HostTimes
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.models.config import ModelConfig
@@ -105,28 +106,28 @@ class Engine:
 
     def add_request(
         self,
-        prompt: str | Iterable[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
-        cache_salt: str = "",
         is_streamed: bool = False,
     ) -> str:
         """Accept a request, or raise ValueError with the reason; nothing is queued then.
 
         Args:
-            prompt: Text, or token ids.
             is_streamed: Whether every step publishes what is new, or only the end is.
         """
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self._tokenize(prompt) if isinstance(prompt, str) else tuple(prompt)
+        content = read_prompt(prompt)
+        token_ids = self._tokenize(content.text or "") if content.token_ids is None else content.token_ids
         self._check_prompt(token_ids)
         index = self._num_arrivals
-        request = self._resolve(token_ids, params, request_id or f"request-{index}", index, priority, cache_salt)
+        request = self._resolve(
+            token_ids, params, request_id or f"request-{index}", index, priority, content.cache_salt
+        )
         group = self.scheduler.add(request)
         self._num_arrivals += 1
-        self._live[request.request_id] = _Live(request, group, text, is_streamed, time.perf_counter())
+        self._live[request.request_id] = _Live(request, group, content.text, is_streamed, time.perf_counter())
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
@@ -156,8 +157,9 @@ class Engine:
             )
         vocab_size = self.model_config.vocab_size
         for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise ValueError(f"prompt token id {token_id!r} is not an integer from 0 to {vocab_size - 1}")
+            if not 0 <= token_id < vocab_size:
+                shown = token_id if abs(token_id) < 10**30 else f"of {token_id.bit_length()} bits"
+                raise ValueError(f"prompt token id {shown} is not from 0 to {vocab_size - 1}")
 
     def _resolve(
         self, token_ids: tuple[int, ...], params: SamplingParams, request_id: str, index: int, priority: int,
@@ -166,6 +168,8 @@ class Engine:
         """Check the parameters against this model and fill in what the user left open."""
         if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise ValueError(f"priority={priority!r} is not allowed: it must be an integer")
+        if priority and self.config.scheduling_policy != "priority":
+            raise ValueError(f"priority={priority} would have no effect: load with scheduling_policy='priority'")
         vocab_size = self.model_config.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
@@ -189,6 +193,11 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: use stop_token_ids")
         room = self.max_model_len - len(token_ids)
+        if params.min_tokens > room:
+            raise ValueError(
+                f"min_tokens={params.min_tokens}, but a prompt of {len(token_ids)} tokens leaves {room} of "
+                f"max_model_len={self.max_model_len}: lower min_tokens or shorten the prompt"
+            )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         return Request(
             request_id=request_id,

@@ -8,6 +8,7 @@ Decisions
 """
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,15 +115,18 @@ class Tokenizer:
             raise ValueError("token ids must be integers from 0 to 4294967295") from error
 
     def bad_words_token_ids(self, words: Iterable[str]) -> list[list[int]]:
-        """The token sequences that stand for words: at the start of a text, and behind a space where that differs."""
+        """The token sequences that stand for words: at the start of a text, and behind a space where that differs.
+
+        A tokenizer may cut a word differently behind a space ("s|ir" and " sir"), so both are listed, whatever their
+        lengths; not where the second only ends with the first, which bans it already.
+        """
         sequences: list[list[int]] = []
         for word in words:
             stripped = word.lstrip()
             plain = self._encode_word(stripped, word)
             sequences.append(plain)
             spaced = self._encode_word(" " + stripped, word)
-            # as vLLM: only where the space has become part of the first token
-            if spaced[0] != plain[0] and len(spaced) == len(plain):
+            if spaced[-len(plain) :] != plain:
                 sequences.append(spaced)
         return sequences
 
@@ -152,6 +156,9 @@ class Tokenizer:
             add_generation_prompt: End with the beginning of the assistant's answer.
             variables: Further names for the template, such as `enable_thinking`.
         """
+        for name in (*(() if tools is None else ("tools",)), *variables):
+            if self._chat_template is not None and not self._chat_template.reads(name):
+                raise ValueError(f"{name}: the model's chat template does not read it: leave it out")
         values = {"messages": check_messages(messages), "tools": tools, **variables}
         placeholders = Placeholders([token.content for token in self._special.values()], values)
         text = self._render(placeholders.hide(values), add_generation_prompt)
@@ -277,12 +284,20 @@ def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None
 
 
 def _load_transformers(folder: Path) -> Any:
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_is_not_about_torch)
     from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import, and rarely needed
 
+    logger.removeFilter(_is_not_about_torch)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # anything, from a missing package to a wrong file
         raise ValueError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+
+
+def _is_not_about_torch(record: logging.LogRecord) -> bool:
+    """Transformers warns as it is imported where torch is absent; a tokenizer does not need it."""
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def _backend_of_transformers(folder: Path) -> tokenizers.Tokenizer:

@@ -84,7 +84,7 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
     if not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{folder}: exists: choose another target, or pass overwrite")
+        raise ValueError(f"{folder}: exists: choose another target, or pass overwrite=True (--overwrite)")
     if not is_native(folder) or any(path.is_dir() for path in folder.iterdir()):
         raise ValueError(f"{folder}: exists and is not a native checkpoint, so it is not overwritten: remove it first")
 

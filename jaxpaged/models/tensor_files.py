@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({type(error).__name__})") from error
+        raise ValueError(f"{path}: not valid JSON ({type(error).__name__}): copy it again from its source") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object, not {type(values).__name__}")
     return values
@@ -93,7 +93,9 @@ class TensorFolder:
         try:
             return self._handles[spec.file].get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{self.folder / spec.file}: tensor {name!r} cannot be read ({error})") from error
+            raise ValueError(
+                f"{self.folder / spec.file}: tensor {name!r} cannot be read ({error}): copy the file again"
+            ) from error
 
     def _read_headers(self) -> dict[str, TensorSpec]:
         file_of_name = read_index(self.folder)
@@ -104,11 +106,14 @@ class TensorFolder:
             found = self._open(file)
             listed = {name for name, its_file in file_of_name.items() if its_file == file}
             if listed - set(found):
-                raise ValueError(f"{self.folder / file}: missing tensors {shown_names(listed - set(found))}")
+                raise ValueError(
+                    f"{self.folder / file}: missing tensors {shown_names(listed - set(found))}, which {INDEX_FILE} "
+                    "places there: copy file and index again from one source"
+                )
             if set(found) - listed:
                 raise ValueError(
                     f"{self.folder / file}: holds tensors that {INDEX_FILE} does not place there: "
-                    f"{shown_names(set(found) - listed)}"
+                    f"{shown_names(set(found) - listed)}: copy file and index again from one source"
                 )
             specs.update(found)
         return specs
@@ -119,14 +124,17 @@ class TensorFolder:
             handle = self._stack.enter_context(safe_open(path, framework="numpy"))
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+            raise ValueError(
+                f"{path}: not a readable safetensors file ({error}): it may be cut short; copy it again from its source"
+            ) from error
         self._handles[file] = handle
         specs = {}
         for name, view in slices.items():
             code = view.get_dtype()
             if code not in DTYPE_OF_CODE:
                 raise ValueError(
-                    f"{path}: tensor {name!r} has element type {code}: only {sorted(DTYPE_OF_CODE)} are read"
+                    f"{path}: tensor {name!r} has element type {code}: only {sorted(DTYPE_OF_CODE)} are read; take "
+                    "the unquantized checkpoint"
                 )
             specs[name] = TensorSpec(file, DTYPE_OF_CODE[code], tuple(view.get_shape()))
         return specs
@@ -143,21 +151,24 @@ def read_index(folder: Path) -> dict[str, str] | None:
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         others = [name for name in names if name.endswith(".safetensors")]
         if others:
-            raise ValueError(f"{folder}: has {shown_names(others)} but no {SINGLE_FILE} and no {INDEX_FILE}")
+            raise ValueError(
+                f"{folder}: has {shown_names(others)} but no {SINGLE_FILE} and no {INDEX_FILE}: copy the index, or "
+                f"rename a single file to {SINGLE_FILE}"
+            )
         if pickles:
             raise ValueError(
                 f"{folder / min(pickles)}: pickle files can run code and are never read; save the model as safetensors"
             )
-        raise ValueError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise ValueError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}: copy the weights there as safetensors")
     path = folder / INDEX_FILE
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: has no weight_map")
+        raise ValueError(f"{path}: has no weight_map: copy it again from its source")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
             raise ValueError(f"{path}: tensor {name!r} is placed in {file!r}: only files of the folder itself are read")
         if "\0" in file or not (folder / file).is_file():
-            raise ValueError(f"{path}: tensor {name!r} is placed in {file!r}, which is not in the folder")
+            raise ValueError(f"{path}: tensor {name!r} is placed in {file!r}, which is not there: copy that file too")
     return weight_map
 
 

@@ -1,9 +1,9 @@
 """The memory plan: weights, activations and KV blocks against what the device and the host have."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import jax
+from typing import Any, Protocol, runtime_checkable
 
 from jaxpaged.config import GIB, EngineConfig
 from jaxpaged.models.config import ModelConfig
@@ -13,15 +13,25 @@ CPU_KV_BYTES = 4 * GIB
 AUTO_HOST_BYTES = 4 * GIB
 
 
+@runtime_checkable
+class Device(Protocol):
+    """What the plan asks of a jax.Device."""
+
+    platform: str
+    device_kind: str
+
+    def memory_stats(self) -> Mapping[str, Any] | None: ...
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on one device, and the number of blocks that follow."""
 
     device_kind: str
-    device_bytes: int
-    """What the device has (on a CPU: what is available now)."""
-    usable_bytes: int
-    """The part the engine may fill."""
+    device_bytes: int | None
+    """What the device has (on a CPU: what is available now); None where it does not tell."""
+    device_memory_fraction: float
+    """The part of it the engine may fill."""
     weight_bytes: int
     activation_bytes: int
     """A bound on what one step needs besides weights and cache: hidden states, MLP, logits."""
@@ -39,25 +49,30 @@ class MemoryPlan:
     def kv_bytes(self) -> int:
         return self.num_device_blocks * self.block_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        return self.num_host_blocks * self.block_bytes
+
     def table(self) -> str:
-        """The plan for a person to read."""
+        """The plan for a person to read. The null block of each pool holds no tokens and is not counted as a block."""
         mib = 2**20
-        tokens = (self.num_device_blocks - 1) * self.block_size
+        blocks = self.num_device_blocks - 1
+        size, usable = "of unknown size", "unknown"
+        if self.device_bytes is not None:
+            size = f"{self.device_bytes / mib:,.0f} MiB"
+            usable = f"{self.device_bytes * self.device_memory_fraction / mib:,.0f} MiB"
         rows = (
-            ("device", f"{self.device_kind}, {self.device_bytes / mib:,.0f} MiB"),
-            ("usable", f"{self.usable_bytes / mib:,.0f} MiB"),
+            ("device", f"{self.device_kind}, {size}"),
+            ("usable", usable),
             ("weights", f"{self.weight_bytes / mib:,.1f} MiB"),
             ("activations, at most", f"{self.activation_bytes / mib:,.1f} MiB"),
             ("sampler state", f"{self.sampler_bytes / mib:,.1f} MiB"),
             (
                 "KV cache",
-                f"{self.kv_bytes / mib:,.1f} MiB: {self.num_device_blocks:,} blocks of {self.block_size} tokens "
-                f"({self.block_bytes:,} bytes each), {tokens:,} tokens; limited by {self.limited_by}",
+                f"{self.kv_bytes / mib:,.1f} MiB: {blocks:,} blocks of {self.block_size} tokens ({self.block_bytes:,} "
+                f"bytes each) and the null block, {blocks * self.block_size:,} tokens; limited by {self.limited_by}",
             ),
-            (
-                "host blocks for swapping",
-                f"{self.num_host_blocks:,} ({self.num_host_blocks * self.block_bytes / mib:,.1f} MiB)",
-            ),
+            ("host blocks for swapping", f"{self.num_host_blocks - 1:,} ({self.host_bytes / mib:,.1f} MiB)"),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
         )
         width = max(len(name) for name, _ in rows)
@@ -79,14 +94,12 @@ def available_host_bytes() -> int:
         return 4 * GIB
 
 
-def device_bytes(device: jax.Device) -> int:
-    """Bytes of memory on a device; for a CPU, the host memory available now."""
+def device_bytes(device: Device) -> int | None:
+    """Bytes of memory on a device, None if it does not tell; for a CPU, the host memory available now."""
     if device.platform == "cpu":
         return available_host_bytes()
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise ValueError(f"{device} does not tell its memory size: set num_device_blocks")
-    return int(stats["bytes_limit"])
+    size = (device.memory_stats() or {}).get("bytes_limit")
+    return None if size is None else int(size)
 
 
 def activation_bytes(config: ModelConfig, *, num_tokens: int, num_logits: int, itemsize: int) -> int:
@@ -99,7 +112,7 @@ def plan_memory(
     engine_config: EngineConfig,
     model_config: ModelConfig,
     *,
-    device: jax.Device,
+    device: Device,
     weight_bytes: int,
     layer_block_bytes: int,
     sampler_bytes: int,
@@ -110,47 +123,88 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the number of device and host blocks. Nothing is allocated, and no weight has to be loaded.
 
-    Raises ValueError, with the figures, where the model does not fit or not one sequence of `max_model_len` would.
+    Raises ValueError, with the figures, where the model does not fit, where not one sequence of `max_model_len` would,
+    or where more blocks are asked for than there is memory.
     """
     total = device_bytes(device)
-    usable = int(total * engine_config.device_memory_fraction)
     activations = activation_bytes(model_config, num_tokens=num_tokens, num_logits=num_logits, itemsize=itemsize)
+    besides = weight_bytes + activations + sampler_bytes
     block_bytes = layer_block_bytes * model_config.num_layers
-    left = usable - weight_bytes - activations - sampler_bytes
-    if device.platform == "cpu":
-        left = min(left, CPU_KV_BYTES)
     per_sequence = -(-max_model_len // engine_config.block_size)
-    need = engine_config.max_num_seqs * per_sequence + 1
-    fitting = left // block_bytes
-    if engine_config.num_device_blocks is not None:
-        num_device_blocks, limited_by = engine_config.num_device_blocks, "flag"
-    elif fitting >= need:
-        num_device_blocks, limited_by = need, "need"
-    else:
-        num_device_blocks, limited_by = fitting, "memory"
-        if fitting < per_sequence + 1:
-            raise ValueError(
-                f"the KV cache of one sequence of {max_model_len} tokens needs {per_sequence + 1} blocks of "
-                f"{block_bytes} bytes, but {max(left, 0):,} bytes are left on {device.device_kind} ({total:,} in all, "
-                f"{weight_bytes:,} for weights): lower max_model_len or max_num_batched_tokens, or raise "
-                "device_memory_fraction"
-            )
-    if isinstance(engine_config.host_memory_bytes, int):
-        host = engine_config.host_memory_bytes
-    else:  # "auto": never more than the device pool holds, since a victim leaves room there when it comes here
-        host = min(AUTO_HOST_BYTES, available_host_bytes() // 4, num_device_blocks * block_bytes)
-    num_host_blocks = max(int(host // block_bytes), 0) + 1  # its block 0 is never given out either
+    num_device_blocks, limited_by = _num_device_blocks(
+        engine_config, device, total, besides, block_bytes, max_model_len, per_sequence
+    )
+    in_host_memory = besides + num_device_blocks * block_bytes if device.platform == "cpu" else 0
     return MemoryPlan(
         device_kind=device.device_kind,
         device_bytes=total,
-        usable_bytes=usable,
+        device_memory_fraction=engine_config.device_memory_fraction,
         weight_bytes=weight_bytes,
         activation_bytes=activations,
         sampler_bytes=sampler_bytes,
         block_bytes=block_bytes,
-        num_device_blocks=int(num_device_blocks),
-        num_host_blocks=num_host_blocks,
+        num_device_blocks=num_device_blocks,
+        num_host_blocks=_num_host_blocks(engine_config, num_device_blocks, block_bytes, in_host_memory),
         block_size=engine_config.block_size,
         max_model_len=max_model_len,
         limited_by=limited_by,
     )
+
+
+def _num_device_blocks(
+    config: EngineConfig,
+    device: Device,
+    total: int | None,
+    besides: int,
+    block_bytes: int,
+    max_model_len: int,
+    per_sequence: int,
+) -> tuple[int, str]:
+    """Blocks on the device, the null block included, and what decided it; `besides` is all that is not cache."""
+    asked = config.num_device_blocks
+    if asked is not None:
+        if total is not None and asked * block_bytes > total - besides:
+            raise ValueError(
+                f"num_device_blocks={asked} needs {asked * block_bytes:,} bytes, but {device.device_kind} has "
+                f"{total:,} and {besides:,} go to weights and activations: at most "
+                f"{max(total - besides, 0) // block_bytes} blocks fit"
+            )
+        return asked, "flag"
+    if total is None:
+        raise ValueError(f"{device.device_kind} does not tell its memory size: set num_device_blocks")
+    left = int(total * config.device_memory_fraction) - besides
+    if device.platform == "cpu":
+        left = min(left, CPU_KV_BYTES)
+    need = config.max_num_seqs * per_sequence + 1
+    fitting = left // block_bytes
+    if fitting >= need:
+        return need, "need"
+    if fitting < per_sequence + 1:
+        raise ValueError(
+            f"the KV cache of one sequence of {max_model_len} tokens needs {per_sequence + 1} blocks of "
+            f"{block_bytes} bytes, but {max(left, 0):,} bytes are left on {device.device_kind} ({total:,} in all, "
+            f"{besides:,} for weights and activations): lower max_model_len or max_num_batched_tokens, or raise "
+            "device_memory_fraction"
+        )
+    return fitting, "memory"
+
+
+def _num_host_blocks(config: EngineConfig, num_device_blocks: int, block_bytes: int, in_host_memory: int) -> int:
+    """Blocks in the host pool, its null block included; `in_host_memory` is what a CPU device takes there itself."""
+    available = available_host_bytes()
+    if isinstance(config.host_memory_bytes, int):
+        host = config.host_memory_bytes
+        if host > available - in_host_memory:
+            raise ValueError(
+                f"host_memory_bytes={host:,}: {available:,} bytes of host memory are available, of which "
+                f"{in_host_memory:,} go to the model and its KV cache: lower it (swap_space is the same in GiB)"
+            )
+    else:  # "auto": never more than the device pool holds, since a victim leaves room there when it comes here
+        host = min(AUTO_HOST_BYTES, available // 4, num_device_blocks * block_bytes)
+    usable = host // block_bytes
+    if config.preemption == "swap" and not usable:
+        raise ValueError(
+            f"preemption='swap' with host_memory_bytes={host:,}: a block takes {block_bytes:,} bytes, so none could "
+            "be swapped out; raise host_memory_bytes, or choose preemption='recompute'"
+        )
+    return usable + 1

@@ -164,7 +164,7 @@ FAULTS = {
     "architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "config.json: architectures="),
     "two architectures": (edit_config(architectures=["LlamaForCausalLM", "X"]), "config.json: architectures="),
     "model type": (edit_config(model_type="gemma"), "config.json: model_type='gemma'"),
-    "huge layers": (edit_config(num_hidden_layers=10**12), "config.json: num_layers=1000000000000"),
+    "huge layers": (edit_config(num_hidden_layers=10**12), "config.json: num_hidden_layers=1000000000000"),
     "fewer layers": (edit_config(num_hidden_layers=1), "model.layers.1."),
     "more layers": (edit_config(num_hidden_layers=3), "missing tensors: model.layers.2."),
     "config json": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),

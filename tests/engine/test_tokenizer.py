@@ -144,6 +144,15 @@ def test_a_bad_word_whose_space_is_a_token_of_its_own_is_listed_once(tokenizer: 
         tokenizer.bad_words_token_ids([" "])
 
 
+def test_a_bad_word_cut_in_another_number_of_tokens_behind_a_space_is_listed_both_ways(tmp_path: Path) -> None:
+    pieces = ["s", "i", "r", "\u0120", "ir", "\u0120s", "\u0120sir"]
+    merges = [("i", "r"), ("\u0120", "s"), ("\u0120s", "ir")]
+    backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).bad_words_token_ids(["sir"]) == [[0, 4], [6]]
+
+
 # ---- conversations
 
 
@@ -255,6 +264,27 @@ def test_loading_and_encoding_do_not_import_transformers(folder: Path) -> None:
         "Tokenizer.load(pathlib.Path(sys.argv[1])).encode('the cat'); assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "assistant"}])
+def test_a_message_without_content_is_refused(tokenizer: Tokenizer, message: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"messages\[1\] has no 'content'"):
+        tokenizer.encode_chat([{"role": "user", "content": "the"}, message])
+
+
+def test_a_message_of_tool_calls_needs_no_content(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+    tokenizer = Tokenizer.load(make_folder(tmp_path, chat_template=template))
+    messages = [{"role": "user", "content": "the "}, {"role": "assistant", "tool_calls": [{"name": "cat"}]}]
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "the cat"
+
+
+def test_names_that_a_template_does_not_read_are_refused(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "the"}]
+    with pytest.raises(ValueError, match="tools: the model's chat template does not read it"):
+        tokenizer.encode_chat(messages, tools=[{"name": "search"}])
+    with pytest.raises(ValueError, match="enable_thinking: the model's chat template does not read it"):
+        tokenizer.encode_chat(messages, enable_thinking=True)
 
 
 # ---- transformers as the oracle
