@@ -1,7 +1,7 @@
 """The op, its checks, the table of its implementations, and the one rule that picks one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import native_cpu, reference, xla
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 
 CACHE_DTYPES = ("float32", "bfloat16")
@@ -58,8 +58,23 @@ def _no_misfits(case: AttentionCase) -> list[str]:
     return []
 
 
+def _native_misfits(case: AttentionCase) -> list[str]:
+    reason = native_cpu.why_unavailable() if case.platform == "cpu" else None
+    return [] if reason is None else [reason]
+
+
 # Best first; a new backend is one file and one row here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        name="native_cpu",
+        summary="C++ compiled here at first use, threads of XLA; default on CPU where there is a compiler",
+        platforms=("cpu",),
+        misfits=_native_misfits,
+        cache_shapes=native_cpu.cache_shapes,
+        pack=native_cpu.pack,
+        unpack=native_cpu.unpack,
+        attend=native_cpu.attend,
+    ),
     Implementation(
         name="xla",
         summary="plain XLA, loops over tiles with dynamic length; default on CPU, fallback elsewhere",
@@ -105,7 +120,10 @@ def pick(case: AttentionCase, implementation: str | None = None) -> Implementati
 
     Raises ValueError, with every reason, when the one asked for (or each of them) does not serve it.
     """
-    rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
+    return _pick_among(IMPLEMENTATIONS if implementation is None else (find(implementation),), case)
+
+
+def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implementation:
     for row in rows:
         if not _reasons(row, case):
             return row
@@ -214,16 +232,15 @@ def paged_attention(
     _check_options(scale, window, soft_cap, metadata)
     num_kv_heads, head_dim = key.shape[1:]
     rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
-    for row in rows:
-        found = cache_block_size(row, kv, num_kv_heads, head_dim)
-        if found is not None:
-            break
-    else:
+    laid_out_for = [row for row in rows if cache_block_size(row, kv, num_kv_heads, head_dim) is not None]
+    if not laid_out_for:
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", kv)
         raise ValueError(
             f"kv {shapes} is no layer cache of {' or '.join(row.name for row in rows)} for {num_kv_heads} heads of "
             f"{head_dim}: make it with KVLayout(..., implementation={rows[0].name!r}).init(num_blocks)"
         )
+    found = cache_block_size(laid_out_for[0], kv, num_kv_heads, head_dim)
+    assert found is not None
     block_size, dtype = found
     if metadata.key_chunk_tokens % block_size:
         raise ValueError(
@@ -240,6 +257,6 @@ def paged_attention(
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
     )
-    return pick(case, row.name).attend(
+    return _pick_among(laid_out_for, case).attend(
         query, key, value, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )

@@ -80,7 +80,7 @@ def _decode(array: Array) -> Array:
     return array.astype(jnp.float32)
 
 
-def _write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"]) -> Cache:
+def write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"]) -> Cache:
     """The cache with each token's key and value in its slot. Padding tokens share slot 0: no unique_indices here."""
     keys, values = kv
     block_size = keys.shape[-1]
@@ -319,7 +319,7 @@ def attend(
     sinks: Float[Array, "q_heads"] | None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
     """The op as `api.paged_attention` defines it."""
-    kv = _write(kv, key, value, metadata.slot_mapping)
+    kv = write(kv, key, value, metadata.slot_mapping)
     num_tokens, num_q_heads, head_dim = query.shape
     options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     output = jnp.zeros((num_tokens + 1, num_q_heads, head_dim), jnp.float32)

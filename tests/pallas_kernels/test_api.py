@@ -39,7 +39,7 @@ GOOD = {
         ({"scale": float("nan")}, "scale=nan must be finite"),
         ({"kv": jnp.zeros((2, 8, 4))}, "make it with KVLayout"),
         ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
-        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'xla', 'reference'"),
+        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'native_cpu', 'xla', 'reference'"),
         ({"implementation": "reference"}, "is no layer cache of reference"),
         ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
         ({"metadata": replace(METADATA, tile_size=0)}, "must be 1 or more"),
