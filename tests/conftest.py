@@ -1,5 +1,6 @@
 """Settings every test shares: strict types, CPU, and the shared data where it is present."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -19,6 +20,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# compiled before any test listens to stderr, where it says so; imported behind the hook above
+importlib.import_module("pallas_kernels.paged_attention.native_cpu").why_unavailable()
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

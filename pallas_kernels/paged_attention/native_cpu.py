@@ -8,6 +8,7 @@ stored as `xla` stores it.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -91,6 +92,7 @@ def why_unavailable() -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"native_cpu-{key}.so"
         if not library.is_file():
+            logging.getLogger(__name__).warning("compiling the CPU attention kernel, once for this machine")
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 build(compiler, Path(scratch) / library.name)
                 os.replace(Path(scratch) / library.name, library)  # whole or not at all, whoever else compiles it
