@@ -8,6 +8,7 @@ from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, s
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
+from pallas_kernels.paged_attention.platform import lowering_for, target_platform
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -17,8 +18,10 @@ __all__ = [
     "copy_blocks",
     "explain",
     "gather_blocks",
+    "lowering_for",
     "make_metadata",
     "paged_attention",
     "pick",
     "scatter_blocks",
+    "target_platform",
 ]

@@ -30,9 +30,10 @@ FLOORS = (  # a room, its floor; the longest prefix counts
     ("bench", 7),
     ("jaxpaged", 8),
 )
-LAZY = {  # function bodies that may import, and what: optional extras, slow imports of a verb, tokenizers on demand
+LAZY = {  # function bodies that may import, and what: optional extras, slow imports (a verb, Pallas), tokenizers
     "jaxpaged.cli": None,
     "jaxpaged.engine.tokenizer": {"transformers"},
+    "pallas_kernels.paged_attention.api": {"pallas_kernels"},
     "bench": None,
 }
 

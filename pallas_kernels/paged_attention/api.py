@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.paged_attention import native_cpu, reference, xla
+from pallas_kernels.paged_attention import mosaic_tpu_layout, native_cpu, reference, xla
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-
-CACHE_DTYPES = ("float32", "bfloat16")
-"""Logical dtypes of keys and values; how they are stored is each implementation's own business."""
+from pallas_kernels.paged_attention.platform import target_platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class AttentionCase:
     """What the choice of an implementation depends on; all of it is known before anything is compiled."""
 
     platform: str
-    """As `jax.default_backend()` names it: cpu, gpu, tpu."""
+    """As `target_platform()` names it: cpu, gpu, tpu."""
     num_kv_heads: int
     head_dim: int
     block_size: int
@@ -42,14 +40,16 @@ class Implementation:
     summary: str
     platforms: tuple[str, ...]
     """Where it runs."""
+    dtypes: tuple[str, ...]
+    """Logical dtypes of keys and values that it keeps; how they are stored is its own business."""
     misfits: Callable[[AttentionCase], list[str]]
-    """Every reason, beside the platform, why a case is not served; empty when it is."""
+    """Every reason, beside platform and dtype, why a case is not served; empty when it is."""
     cache_shapes: Callable[[int, int, int, int, jnp.dtype], Any]
     """(num_blocks, block_size, num_kv_heads, head_dim, dtype) -> tree of jax.ShapeDtypeStruct."""
     pack: Callable[[Any, Any], Any]
     """Keys and values [blocks, block_size, kv_heads, head_dim] (numpy) -> layer cache (numpy)."""
-    unpack: Callable[[Any], tuple[Any, Any]]
-    """The way back."""
+    unpack: Callable[[Any, int, int], tuple[Any, Any]]
+    """(layer cache, num_kv_heads, head_dim) -> keys and values: the way back."""
     attend: Callable[..., tuple[Any, Any]]
     """`paged_attention` without its checks; every keyword is given."""
 
@@ -63,12 +63,34 @@ def _native_misfits(case: AttentionCase) -> list[str]:
     return [] if reason is None else [reason]
 
 
+def _mosaic_tpu_misfits(case: AttentionCase) -> list[str]:
+    return mosaic_tpu_layout.misfits(case.num_kv_heads, case.head_dim, case.block_size, case.dtype)
+
+
+def _attend_mosaic_tpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
+    from pallas_kernels.paged_attention import mosaic_tpu  # noqa: PLC0415  Pallas takes 0.2 s to import
+
+    return mosaic_tpu.attend(*arrays, **options)
+
+
 # Best first; a new backend is one file and one row here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        name="mosaic_tpu",
+        summary="Pallas kernel for TPU, copies block by block while it computes; default on TPU",
+        platforms=("tpu",),
+        dtypes=("float32", "bfloat16"),
+        misfits=_mosaic_tpu_misfits,
+        cache_shapes=mosaic_tpu_layout.cache_shapes,
+        pack=mosaic_tpu_layout.pack,
+        unpack=mosaic_tpu_layout.unpack,
+        attend=_attend_mosaic_tpu,
+    ),
     Implementation(
         name="native_cpu",
         summary="C++ compiled here at first use, threads of XLA; default on CPU where there is a compiler",
         platforms=("cpu",),
+        dtypes=("float32", "bfloat16"),
         misfits=_native_misfits,
         cache_shapes=native_cpu.cache_shapes,
         pack=native_cpu.pack,
@@ -79,6 +101,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="xla",
         summary="plain XLA, loops over tiles with dynamic length; default on CPU, fallback elsewhere",
         platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
+        dtypes=("float32", "bfloat16"),
         misfits=_no_misfits,
         cache_shapes=xla.cache_shapes,
         pack=xla.pack,
@@ -89,6 +112,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="reference",
         summary="one dense score matrix per token: the truth for tests, slow",
         platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
+        dtypes=("float32", "bfloat16"),
         misfits=_no_misfits,
         cache_shapes=reference.cache_shapes,
         pack=reference.pack,
@@ -110,8 +134,8 @@ def find(name: str) -> Implementation:
 def _reasons(row: Implementation, case: AttentionCase) -> list[str]:
     """Why `row` does not serve `case`."""
     reasons = [] if case.platform in row.platforms else [f"runs on {', '.join(row.platforms)}, not on {case.platform}"]
-    if case.dtype not in CACHE_DTYPES:
-        reasons.append(f"keeps keys and values as {' or '.join(CACHE_DTYPES)}, not {case.dtype}")
+    if case.dtype not in row.dtypes:
+        reasons.append(f"keeps keys and values as {' or '.join(row.dtypes)}, not {case.dtype}")
     return reasons + row.misfits(case)
 
 
@@ -134,9 +158,7 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
 def explain(case: AttentionCase | None = None) -> str:
     """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape."""
     if case is None:
-        case = AttentionCase(
-            platform=jax.default_backend(), num_kv_heads=8, head_dim=128, block_size=16, dtype="float32"
-        )
+        case = AttentionCase(platform=target_platform(), num_kv_heads=8, head_dim=128, block_size=16, dtype="float32")
     lines, is_picked = [], False
     for row in IMPLEMENTATIONS:
         reasons = _reasons(row, case)
@@ -153,7 +175,7 @@ def cache_block_size(row: Implementation, kv: Any, num_kv_heads: int, head_dim: 
     if not leaves or any(not hasattr(leaf, "shape") or leaf.ndim < 2 for leaf in leaves):
         return None
     given = [(leaf.shape, leaf.dtype) for leaf in leaves]
-    for dtype in CACHE_DTYPES:
+    for dtype in row.dtypes:
         for block_size in dict.fromkeys(leaves[0].shape[1:]):
             expected = row.cache_shapes(leaves[0].shape[0], block_size, num_kv_heads, head_dim, jnp.dtype(dtype))
             expected_leaves, expected_tree = jax.tree.flatten(expected)
@@ -247,7 +269,7 @@ def paged_attention(
             f"key_chunk_tokens={metadata.key_chunk_tokens} must be a multiple of the block size {block_size}"
         )
     case = AttentionCase(
-        platform=jax.default_backend(),
+        platform=target_platform(),
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,

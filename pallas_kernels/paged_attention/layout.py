@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick
+from pallas_kernels.paged_attention.platform import target_platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class KVLayout:
     dtype: str
     """Logical dtype of keys and values; the stored one may be its bits."""
     implementation: str | None = None
-    """A name of IMPLEMENTATIONS; None for the one picked on this machine."""
+    """A name of IMPLEMENTATIONS; None for the one picked for the target platform."""
 
     def __post_init__(self) -> None:
         for name in ("num_kv_heads", "head_dim", "block_size"):
@@ -38,7 +39,7 @@ class KVLayout:
     def row(self) -> Implementation:
         """The implementation this layout is made for."""
         case = AttentionCase(
-            platform=jax.default_backend(),
+            platform=target_platform(),
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_size=self.block_size,
@@ -68,4 +69,4 @@ class KVLayout:
 
     def unpack(self, kv: Any) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache, in the logical dtype."""
-        return self.row.unpack(jax.tree.map(np.asarray, kv))
+        return self.row.unpack(jax.tree.map(np.asarray, kv), self.num_kv_heads, self.head_dim)

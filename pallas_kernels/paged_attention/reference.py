@@ -25,7 +25,7 @@ def pack(key: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.stack([key, value], axis=2)
 
 
-def unpack(kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unpack(kv: np.ndarray, num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
     return kv[:, :, 0], kv[:, :, 1]
 

@@ -60,7 +60,7 @@ def pack(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return keys.view(dtype), values.view(dtype)
 
 
-def unpack(kv: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def unpack(kv: tuple[np.ndarray, np.ndarray], num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
     dtype = jnp.bfloat16 if kv[0].dtype == np.uint16 else kv[0].dtype
     return kv[0].view(dtype).transpose(0, 3, 1, 2), kv[1].view(dtype).transpose(0, 2, 1, 3)

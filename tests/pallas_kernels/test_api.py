@@ -8,9 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_targets import TARGETS, Target
 
 import pallas_kernels
-from pallas_kernels import IMPLEMENTATIONS, AttentionCase, KVLayout, explain, make_metadata, paged_attention, pick
+from pallas_kernels import (
+    IMPLEMENTATIONS,
+    AttentionCase,
+    KVLayout,
+    explain,
+    lowering_for,
+    make_metadata,
+    paged_attention,
+    pick,
+    target_platform,
+)
 
 LAYOUT = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
 CASE = AttentionCase(platform="cpu", num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
@@ -39,7 +50,7 @@ GOOD = {
         ({"scale": float("nan")}, "scale=nan must be finite"),
         ({"kv": jnp.zeros((2, 8, 4))}, "make it with KVLayout"),
         ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
-        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'native_cpu', 'xla', 'reference'"),
+        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'mosaic_tpu', 'native_cpu', 'xla', 'reference'"),
         ({"implementation": "reference"}, "is no layer cache of reference"),
         ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
         ({"metadata": replace(METADATA, tile_size=0)}, "must be 1 or more"),
@@ -55,34 +66,72 @@ def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, message: str
 
 
 def test_the_first_row_that_serves_a_case_is_picked_and_a_row_can_be_asked_for() -> None:
-    assert pick(CASE).name == IMPLEMENTATIONS[0].name
+    assert pick(CASE).name == "xla"
     assert pick(CASE, "reference").name == "reference"
     with pytest.raises(ValueError, match="xla: keeps keys and values as float32 or bfloat16, not float16; reference:"):
         pick(replace(CASE, dtype="float16"))
 
 
+def test_on_a_tpu_its_kernel_is_picked_where_it_fits() -> None:
+    case = replace(CASE, platform="tpu", dtype="bfloat16")
+    assert pick(case).name == "mosaic_tpu"
+    assert pick(replace(case, block_size=12)).name == "xla"
+    with pytest.raises(ValueError, match="mosaic_tpu: needs a block size that is a multiple of 8, not 12"):
+        pick(replace(case, block_size=12), "mosaic_tpu")
+    with pytest.raises(ValueError, match="blocks of at most 8388608 bytes, not 16777216"):
+        pick(replace(case, block_size=1024, num_kv_heads=32, head_dim=128), "mosaic_tpu")
+    with pytest.raises(ValueError, match="mosaic_tpu: runs on tpu, not on cpu"):
+        pick(CASE, "mosaic_tpu")
+
+
 def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
-    lines = explain(replace(CASE, platform="abacus", dtype="float16")).splitlines()
+    lines = explain(replace(CASE, platform="abacus", dtype="float16", block_size=12)).splitlines()
     assert len(lines) == len(IMPLEMENTATIONS)
     assert all("not on abacus" in line and "not float16" in line for line in lines)
-    assert explain().splitlines()[0].split()[1] == "picked"
+    assert "multiple of 8, not 12" in lines[0]
+    states = [line.split()[1] for line in explain(CASE).splitlines()]
+    assert states == ["no:", "picked", "usable"]
+    states = [line.split()[1] for line in explain(replace(CASE, platform="tpu")).splitlines()]
+    assert states == ["picked", "usable", "usable"]
 
 
-@pytest.mark.parametrize("name", [row.name for row in IMPLEMENTATIONS])
+def test_programs_can_be_made_for_a_platform_that_is_not_here() -> None:
+    assert target_platform() == jax.default_backend()
+    with lowering_for("tpu", "TPU v6 lite"):
+        assert target_platform() == "tpu"
+        layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="bfloat16")
+        assert layout.row.name == "mosaic_tpu"
+        assert explain().startswith("mosaic_tpu   picked")
+    assert target_platform() == jax.default_backend()
+    assert layout.row.name != "mosaic_tpu" or jax.default_backend() == "tpu"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(name: str, dtype: str) -> None:
-    layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype, implementation=name)
-    key, value = np.random.default_rng(0).standard_normal((2, 5, 8, 2, 4)).astype(jnp.dtype(dtype))
-    kv = layout.pack(key, value)
-    np.testing.assert_array_equal(layout.unpack(kv)[0], key)
-    np.testing.assert_array_equal(layout.unpack(kv)[1], value)
-    zeros = layout.init(5)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), zeros) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), kv
-    )
-    assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(kv))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
-    assert layout.block_bytes == 2 * 8 * 2 * 4 * jnp.dtype(dtype).itemsize
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "lanes"), [(2, 4, 128), (3, 64, 256), (40, 8, 384), (1, 96, 128), (2, 160, 512)]
+)
+def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(
+    num_kv_heads: int, head_dim: int, lanes: int, dtype: str, target: Target
+) -> None:
+    with target.running():
+        layout = KVLayout(
+            num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=8, dtype=dtype, implementation=target.name
+        )
+        shape = (2, 5, 8, num_kv_heads, head_dim)
+        key, value = np.random.default_rng(0).standard_normal(shape).astype(jnp.dtype(dtype))
+        kv = layout.pack(key, value)
+        np.testing.assert_array_equal(layout.unpack(kv)[0], key)
+        np.testing.assert_array_equal(layout.unpack(kv)[1], value)
+        zeros = layout.init(5)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), zeros) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), kv
+        )
+        assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(kv))
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
+        # a TPU's registers have 128 lanes: what does not fill them is padded
+        width = lanes if target.name == "mosaic_tpu" else num_kv_heads * head_dim
+        assert layout.block_bytes == 2 * 8 * width * jnp.dtype(dtype).itemsize
 
 
 def test_a_layout_of_nonsense_is_refused() -> None:

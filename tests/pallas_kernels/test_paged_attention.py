@@ -7,35 +7,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_targets import TARGETS, Target
 
-from pallas_kernels import IMPLEMENTATIONS, AttentionMetadata, KVLayout, make_metadata, paged_attention
+from pallas_kernels import AttentionMetadata, KVLayout, make_metadata, paged_attention
 from pallas_kernels.cases import CASES, HEAD_SHAPES, MIXED, Batch, BatchCase, make_batch
 
-NAMES = [row.name for row in IMPLEMENTATIONS]
+REFERENCE = next(target for target in TARGETS if target.name == "reference")
+each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 
 
 def run(batch: Batch, implementation: str) -> tuple[np.ndarray, object]:
     attend = jax.jit(partial(paged_attention, **batch.options, implementation=implementation))
     output, kv = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
-    return np.asarray(output.astype(jnp.float32)), kv
+    return np.asarray(output.astype(jnp.float32)), jax.tree.map(np.asarray, kv)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_reference_and_reads_no_poison(case: BatchCase, name: str) -> None:
-    batch = make_batch(case, name)
-    output, kv = run(batch, name)
+def check_equals_the_reference(case: BatchCase, target: Target) -> None:
+    with target.running():
+        batch = make_batch(case, target.name)
+        output, kv = run(batch, target.name)
+        keys, values = layout(case, target.name).unpack(kv)
     expected, expected_kv = run(make_batch(case, "reference"), "reference")
     assert np.isfinite(expected[: batch.num_tokens]).all()
     assert not output[batch.num_tokens :].any(), "rows of padding tokens must be 0"
     # float32 sums in another order; bfloat16 rounds the output to 8 bits
     tolerance = 5e-6 if case.dtype == "float32" else 1e-2
     np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
-    keys, values = layout(case, name).unpack(kv)
     expected_keys, expected_values = layout(case, "reference").unpack(expected_kv)
     # block 0 is the null block: any padding row may be the one that stays there
     np.testing.assert_array_equal(keys[1:].astype(np.float32), expected_keys[1:].astype(np.float32))
     np.testing.assert_array_equal(values[1:].astype(np.float32), expected_values[1:].astype(np.float32))
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != REFERENCE], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_reference_and_reads_no_poison(case: BatchCase, target: Target) -> None:
+    check_equals_the_reference(case, target)
 
 
 def layout(case: BatchCase, name: str) -> KVLayout:
@@ -48,19 +55,22 @@ def layout(case: BatchCase, name: str) -> KVLayout:
     )
 
 
-def one_prompt(name: str, length: int) -> tuple[object, AttentionMetadata]:
-    """An empty layer cache of block size 2, one head of dim 2, and the metadata of one prompt."""
-    count = -(-length // 2)
-    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(count + 1)
+def one_prompt(target: Target, length: int) -> tuple[object, AttentionMetadata]:
+    """An empty layer cache of the smallest blocks of 2 and more, one head of dim 2, and the metadata of one prompt."""
+    block_size = max(2, target.block_multiple)
+    count = -(-length // block_size)
+    layout = KVLayout(
+        num_kv_heads=1, head_dim=2, block_size=block_size, dtype="float32", implementation=target.name
+    )
     metadata = make_metadata(
         block_tables=np.arange(count, 0, -1, dtype=np.int32)[None],
         context_lens=[length],
         query_lens=[length],
-        block_size=2,
+        block_size=block_size,
         tile_size=2,
-        key_chunk_tokens=2,
+        key_chunk_tokens=block_size,
     )
-    return kv, metadata
+    return layout.init(count + 1), metadata
 
 
 LOG2 = float(np.log(2.0))
@@ -83,44 +93,59 @@ HAND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_target
 @pytest.mark.parametrize("hand", HAND)
-def test_gives_the_numbers_worked_by_hand(hand: str, name: str) -> None:
+def test_gives_the_numbers_worked_by_hand(hand: str, target: Target) -> None:
     options, scores, values, expected = HAND[hand]
-    kv, metadata = one_prompt(name, 3)
     query = jnp.broadcast_to(jnp.array([1.0, 5.0], jnp.float32), (3, 1, 2))
     key = jnp.array([[[score, 0.0]] for score in scores], jnp.float32)
-    output, _ = paged_attention(
-        query, key, jnp.array(values, jnp.float32)[:, None], kv, metadata, scale=1.0, implementation=name, **options
-    )
+    value = jnp.array(values, jnp.float32)[:, None]
+    with target.running():
+        kv, metadata = one_prompt(target, 3)
+        output, _ = paged_attention(
+            query, key, value, kv, metadata, scale=1.0, implementation=target.name, **options
+        )
+        output = np.asarray(output)
     np.testing.assert_allclose(output[:, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_sequence_that_is_not_finite_leaves_its_mates_alone(name: str) -> None:
+@each_target
+def test_a_sequence_that_is_not_finite_leaves_its_mates_alone(target: Target) -> None:
     # decodes 0 .. 3 share turns, sequences 4 and 5 have tiles; 1 and 4 bring a NaN value, 2 an infinite key
     case = BatchCase(name="", heads=HEAD_SHAPES["stories260k"], sequences=MIXED)
     assert [length for _, length in case.sequences] == [1, 1, 1, 1, 64, 40, 3]
-    batch = make_batch(case, name)
-    attend = jax.jit(partial(paged_attention, **batch.options, implementation=name))
-    healthy, _ = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
-    value = batch.value.at[jnp.array([1, 40])].set(jnp.nan)
-    key = batch.key.at[2].set(jnp.inf)
-    output, _ = attend(batch.query, key, value, batch.kv, batch.metadata)
-    healthy, output = np.asarray(healthy), np.asarray(output)
+    with target.running():
+        batch = make_batch(case, target.name)
+        attend = jax.jit(partial(paged_attention, **batch.options, implementation=target.name))
+        healthy = np.asarray(attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)[0])
+        value = batch.value.at[jnp.array([1, 40])].set(jnp.nan)
+        key = batch.key.at[2].set(jnp.inf)
+        output = np.asarray(attend(batch.query, key, value, batch.kv, batch.metadata)[0])
     assert np.isnan(output[[1, 2]]).all()
     assert np.isnan(output[40:68]).all(), "the tokens of sequence 4 that see token 40"
     mates = [0, 3, *range(68, len(output))]
     np.testing.assert_array_equal(output[mates], healthy[mates])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_but_padding_gives_zeros_and_leaves_the_blocks_alone(name: str) -> None:
-    kv = KVLayout(num_kv_heads=1, head_dim=2, block_size=2, dtype="float32", implementation=name).init(3)
+@each_target
+def test_nothing_but_padding_gives_zeros_and_leaves_the_blocks_alone(target: Target) -> None:
+    block_size = max(2, target.block_multiple)
     metadata = make_metadata(
-        block_tables=np.zeros((0, 2), np.int32), context_lens=[], query_lens=[], block_size=2, num_tokens=3, num_seqs=2
+        block_tables=np.zeros((0, 2), np.int32),
+        context_lens=[],
+        query_lens=[],
+        block_size=block_size,
+        num_tokens=3,
+        num_seqs=2,
     )
     padding = jnp.full((3, 1, 2), jnp.nan)
-    output, after = paged_attention(padding, padding, padding, kv, metadata, scale=1.0, implementation=name)
-    assert not np.asarray(output).any()
-    assert all(not np.asarray(leaf)[1:].any() for leaf in jax.tree.leaves(after))
+    with target.running():
+        layout = KVLayout(
+            num_kv_heads=1, head_dim=2, block_size=block_size, dtype="float32", implementation=target.name
+        )
+        output, after = paged_attention(
+            padding, padding, padding, layout.init(3), metadata, scale=1.0, implementation=target.name
+        )
+        output, after = np.asarray(output), jax.tree.map(np.asarray, after)
+    assert not output.any()
+    assert all(not leaf[1:].any() for leaf in jax.tree.leaves(after))

@@ -1,0 +1,178 @@
+"""Paged attention for TPU: what surrounds the Pallas kernel (mosaic_tpu_kernel.py; the cache: mosaic_tpu_layout.py).
+
+New keys and values are scattered by XLA first; then one call of the kernel attends the decodes and, where there are
+any, one the tiles.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.paged_attention.metadata import AttentionMetadata
+from pallas_kernels.paged_attention.mosaic_tpu_kernel import KernelShape, attend_decodes, attend_tiles
+from pallas_kernels.paged_attention.mosaic_tpu_layout import (
+    LANES,
+    SUBLANES,
+    LaneGroups,
+    output_heads,
+    pad_to,
+    query_rows,
+    round_up,
+    write,
+)
+
+DECODE_CHUNK_BYTES = 2 * 2**20
+"""Keys and values of one decode chunk; there are two buffers of it."""
+MAX_DECODE_CHUNK_TOKENS = 1024
+MAX_TABLE_BYTES = 512 * 2**10
+"""Block tables are read from scalar memory, which has 1 MiB on v5e and v6e."""
+MAX_VMEM_BYTES = 96 * 2**20
+"""Most vector memory a call may ask for, of the 128 MiB of v5e and v6e."""
+VMEM_SPARE_BYTES = 16 * 2**20
+"""What the compiler gets beside the buffers: what is computed between them."""
+
+
+def _check_table(num_seqs: int, blocks_per_seq: int, block_size: int) -> None:
+    table_bytes = num_seqs * blocks_per_seq * 4
+    if table_bytes > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"block tables of {num_seqs} sequences with {blocks_per_seq} blocks of {block_size} tokens take "
+            f"{table_bytes} bytes of scalar memory, which has room for {MAX_TABLE_BYTES}: use larger blocks, fewer or "
+            "shorter sequences, or implementation='xla'"
+        )
+
+
+def _vmem_limit(shape: KernelShape) -> int:
+    """Bytes of vector memory for one call. Raises ValueError when that is more than there is."""
+    limit = shape.buffer_bytes + VMEM_SPARE_BYTES
+    if limit > MAX_VMEM_BYTES:
+        raise ValueError(
+            f"tiles of {shape.token_rows} tokens with {shape.num_groups * shape.rows_per_token} query heads, and "
+            f"chunks of {shape.chunk_tokens} keys, take {limit} bytes of vector memory, which has room for "
+            f"{MAX_VMEM_BYTES}: lower tile_size, key_chunk_tokens or the block size"
+        )
+    return limit
+
+
+def _sink_rows(
+    sinks: Float[Array, "q_heads"] | None, groups: LaneGroups, num_rows: int, repeats: int
+) -> Float[Array, "groups rows 1"]:
+    """The sink of each row of each group's score matrix; one dummy row where there are none."""
+    if sinks is None:
+        return jnp.zeros((1, 1, 1), jnp.float32)
+    per_group = groups.heads * sinks.shape[0] // groups.num_kv_heads
+    rows = pad_to(sinks.astype(jnp.float32), 0, groups.count * per_group, jnp).reshape(groups.count, per_group)
+    return jnp.repeat(pad_to(rows, 1, num_rows, jnp), repeats, axis=1)[..., None]
+
+
+def _attend_decodes(
+    rows: Float[Array, "tokens groups rows lanes"],
+    kv: Array,
+    metadata: AttentionMetadata,
+    shape: KernelShape,
+    groups: LaneGroups,
+    sinks: Float[Array, "q_heads"] | None,
+) -> Float[Array, "tokens groups rows lanes"]:
+    """Output rows of the decodes; those of other tokens are anything."""
+    num_tokens, num_seqs = rows.shape[0], metadata.context_lens.shape[0]
+    # a decode sequence is the token of its own number
+    decodes = pad_to(pad_to(rows[:num_seqs], 0, num_seqs, jnp), 2, shape.group_rows, jnp)
+    attended = attend_decodes(
+        shape,
+        decodes.astype(shape.dtype),
+        _sink_rows(sinks, groups, shape.group_rows, 1),
+        kv,
+        metadata.block_tables,
+        metadata.context_lens,
+        metadata.num_decodes,
+        output_dtype=rows.dtype,
+        vmem_limit_bytes=_vmem_limit(shape),
+    )
+    return pad_to(attended[:num_tokens, :, : shape.rows_per_token], 0, num_tokens, jnp)
+
+
+def _attend_tiles(
+    rows: Float[Array, "tokens groups rows lanes"],
+    kv: Array,
+    metadata: AttentionMetadata,
+    shape: KernelShape,
+    groups: LaneGroups,
+    sinks: Float[Array, "q_heads"] | None,
+) -> Float[Array, "tokens groups rows lanes"]:
+    """Output rows of the tokens of all tiles; those of other tokens are anything."""
+    num_tokens = rows.shape[0]
+    packed = rows.astype(jnp.float32).reshape(num_tokens, -1, LANES)
+    packed = pad_to(pad_to(packed, 1, shape.packed_rows, jnp), 0, num_tokens + shape.token_rows, jnp)
+    sequences, starts = metadata.tile_sequences, metadata.tile_starts
+    first_positions = metadata.context_lens[sequences] - metadata.query_starts[sequences + 1] + starts
+    attended = attend_tiles(
+        shape,
+        packed.reshape(-1, LANES),
+        _sink_rows(sinks, groups, shape.rows_per_token, shape.token_rows),
+        kv,
+        metadata.block_tables,
+        (sequences, starts, first_positions, metadata.tile_lens),
+        metadata.num_tiles,
+        vmem_limit_bytes=_vmem_limit(shape),
+    )
+    attended = attended.reshape(-1, shape.packed_rows, LANES)
+    attended = attended[:num_tokens, : groups.count * shape.rows_per_token * shape.pieces]
+    return attended.reshape(rows.shape).astype(rows.dtype)
+
+
+def attend(
+    query: Float[Array, "tokens q_heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    kv: Array,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "q_heads"] | None,
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Array]:
+    """The op as `api.paged_attention` defines it. Raises ValueError where scalar or vector memory is too small."""
+    num_tokens, num_q_heads, head_dim = query.shape
+    num_kv_heads, block_size = key.shape[1], kv.shape[-2]
+    num_seqs, blocks_per_seq = metadata.block_tables.shape
+    _check_table(num_seqs, blocks_per_seq, block_size)
+    groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
+    kv = write(kv, key, value, metadata.slot_mapping, groups)
+
+    is_words = kv.dtype == jnp.uint32
+    tile_shape = KernelShape(
+        num_groups=groups.count,
+        group_lanes=groups.lanes,
+        rows_per_token=groups.heads * (num_q_heads // num_kv_heads),
+        token_rows=round_up(metadata.tile_size, SUBLANES),
+        block_size=block_size,
+        blocks_per_seq=blocks_per_seq,
+        chunk_blocks=metadata.key_chunk_tokens // block_size,
+        is_words=is_words,
+        # products of bfloat16 numbers are exact in float32, so nothing is lost unless queries bring more digits
+        dtype=jnp.dtype(jnp.bfloat16 if is_words and query.dtype == jnp.bfloat16 else jnp.float32),
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+    )
+    decode_tokens = min(DECODE_CHUNK_BYTES // tile_shape.token_bytes, MAX_DECODE_CHUNK_TOKENS)
+    decode_blocks = min(max(decode_tokens // block_size, 1), blocks_per_seq)
+    decode_shape = replace(tile_shape, token_rows=1, chunk_blocks=decode_blocks)
+    rows = query_rows(query, groups)
+    decoded = output_heads(_attend_decodes(rows, kv, metadata, decode_shape, groups, sinks), groups, num_q_heads)
+    token = jnp.arange(num_tokens)[:, None, None]
+    output = jnp.where(token < metadata.num_decodes, decoded, jnp.zeros((), query.dtype))
+    if not metadata.tile_sequences.shape[0]:
+        return output, kv
+
+    def with_tiles(output: Array) -> Array:
+        tiled = output_heads(_attend_tiles(rows, kv, metadata, tile_shape, groups, sinks), groups, num_q_heads)
+        is_tiled = (token >= metadata.num_decodes) & (token < metadata.query_starts[-1])
+        return jnp.where(is_tiled, tiled, output)
+
+    # a step of decodes alone does not pay for arranging queries and outputs of tiles
+    return lax.cond(metadata.num_tiles > 0, with_tiles, lambda output: output, output), kv
