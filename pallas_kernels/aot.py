@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,5 +45,7 @@ def compile_for_tpu(
     device: Any = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     sharding = SingleDeviceSharding(device)
     jitted = jax.jit(function, donate_argnums=donate, in_shardings=sharding, out_shardings=sharding)
-    with lowering_for("tpu", device.device_kind):
+    with lowering_for("tpu", device.device_kind), warnings.catch_warnings():
+        # without a device, jax cannot load such a program from its persistent cache: it says so and compiles again
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return jitted.trace(*shapes).lower(lowering_platforms=("tpu",)).compile()

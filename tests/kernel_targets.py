@@ -9,11 +9,15 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import IMPLEMENTATIONS, lowering_for
+from pallas_kernels import IMPLEMENTATIONS, KVLayout, lowering_for, paged_attention
+from pallas_kernels.cases import Batch, BatchCase, make_batch
 
 
 @contextlib.contextmanager
@@ -55,3 +59,37 @@ TARGETS = tuple(
     Target(row.name, INTERPRETED.get(row.name, contextlib.nullcontext), BLOCK_MULTIPLES.get(row.name, 1))
     for row in IMPLEMENTATIONS
 )
+
+
+def _layout(case: BatchCase, name: str) -> KVLayout:
+    return KVLayout(
+        num_kv_heads=case.heads.num_kv_heads,
+        head_dim=case.heads.head_dim,
+        block_size=case.block_size,
+        dtype=case.dtype,
+        implementation=name,
+    )
+
+
+def _run(batch: Batch, implementation: str) -> tuple[np.ndarray, object]:
+    attend = jax.jit(partial(paged_attention, **batch.options, implementation=implementation))
+    output, kv = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
+    return np.asarray(output.astype(jnp.float32)), jax.tree.map(np.asarray, kv)
+
+
+def check_equals_the_reference(case: BatchCase, target: Target) -> None:
+    """The target's output and cache are those of the reference; blocks that must not be read are NaN."""
+    with target.running():
+        batch = make_batch(case, target.name)
+        output, kv = _run(batch, target.name)
+        keys, values = _layout(case, target.name).unpack(kv)
+    expected, expected_kv = _run(make_batch(case, "reference"), "reference")
+    assert np.isfinite(expected[: batch.num_tokens]).all()
+    assert not output[batch.num_tokens :].any(), "rows of padding tokens must be 0"
+    # float32 sums in another order; bfloat16 rounds the output to 8 bits
+    tolerance = 5e-6 if case.dtype == "float32" else 1e-2
+    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
+    expected_keys, expected_values = _layout(case, "reference").unpack(expected_kv)
+    # block 0 is the null block: any padding row may be the one that stays there
+    np.testing.assert_array_equal(keys[1:].astype(np.float32), expected_keys[1:].astype(np.float32))
+    np.testing.assert_array_equal(values[1:].astype(np.float32), expected_values[1:].astype(np.float32))

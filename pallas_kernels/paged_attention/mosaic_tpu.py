@@ -1,13 +1,12 @@
 """Paged attention for TPU: what surrounds the Pallas kernel (mosaic_tpu_kernel.py; the cache: mosaic_tpu_layout.py).
 
-New keys and values are scattered by XLA first; then one call of the kernel attends the decodes and, where there are
-any, one the tiles.
+New keys and values are scattered by XLA first; then one call of the kernel attends the decodes and one the tiles, each
+with as many programs as there is work, none at times.
 """
 
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
@@ -26,21 +25,22 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
 DECODE_CHUNK_BYTES = 2 * 2**20
 """Keys and values of one decode chunk; there are two buffers of it."""
 MAX_DECODE_CHUNK_TOKENS = 1024
-MAX_TABLE_BYTES = 512 * 2**10
-"""Block tables are read from scalar memory, which has 1 MiB on v5e and v6e."""
+MAX_SCALAR_BYTES = 960 * 2**10
+"""Block tables and tiles are read from scalar memory: 1 MiB on v5e and v6e, of which the compiler takes some KiB."""
 MAX_VMEM_BYTES = 96 * 2**20
 """Most vector memory a call may ask for, of the 128 MiB of v5e and v6e."""
 VMEM_SPARE_BYTES = 16 * 2**20
 """What the compiler gets beside the buffers: what is computed between them."""
 
 
-def _check_table(num_seqs: int, blocks_per_seq: int, block_size: int) -> None:
-    table_bytes = num_seqs * blocks_per_seq * 4
-    if table_bytes > MAX_TABLE_BYTES:
+def _check_scalars(metadata: AttentionMetadata, block_size: int) -> None:
+    (num_seqs, blocks_per_seq), num_tiles = metadata.block_tables.shape, metadata.tile_sequences.shape[0]
+    scalar_bytes = 4 * (num_seqs * blocks_per_seq + max(num_seqs, 4 * num_tiles))
+    if scalar_bytes > MAX_SCALAR_BYTES:
         raise ValueError(
-            f"block tables of {num_seqs} sequences with {blocks_per_seq} blocks of {block_size} tokens take "
-            f"{table_bytes} bytes of scalar memory, which has room for {MAX_TABLE_BYTES}: use larger blocks, fewer or "
-            "shorter sequences, or implementation='xla'"
+            f"block tables of {num_seqs} sequences with {blocks_per_seq} blocks of {block_size} tokens, and "
+            f"{num_tiles} tiles, take {scalar_bytes} bytes of scalar memory, which has room for {MAX_SCALAR_BYTES}: "
+            "use larger blocks, fewer or shorter sequences, or implementation='xla'"
         )
 
 
@@ -137,8 +137,8 @@ def attend(
     """The op as `api.paged_attention` defines it. Raises ValueError where scalar or vector memory is too small."""
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, block_size = key.shape[1], kv.shape[-2]
-    num_seqs, blocks_per_seq = metadata.block_tables.shape
-    _check_table(num_seqs, blocks_per_seq, block_size)
+    blocks_per_seq = metadata.block_tables.shape[1]
+    _check_scalars(metadata, block_size)
     groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
     kv = write(kv, key, value, metadata.slot_mapping, groups)
 
@@ -169,10 +169,6 @@ def attend(
     if not metadata.tile_sequences.shape[0]:
         return output, kv
 
-    def with_tiles(output: Array) -> Array:
-        tiled = output_heads(_attend_tiles(rows, kv, metadata, tile_shape, groups, sinks), groups, num_q_heads)
-        is_tiled = (token >= metadata.num_decodes) & (token < metadata.query_starts[-1])
-        return jnp.where(is_tiled, tiled, output)
-
-    # a step of decodes alone does not pay for arranging queries and outputs of tiles
-    return lax.cond(metadata.num_tiles > 0, with_tiles, lambda output: output, output), kv
+    tiled = output_heads(_attend_tiles(rows, kv, metadata, tile_shape, groups, sinks), groups, num_q_heads)
+    is_tiled = (token >= metadata.num_decodes) & (token < metadata.query_starts[-1])
+    return jnp.where(is_tiled, tiled, output), kv

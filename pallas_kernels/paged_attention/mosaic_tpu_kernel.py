@@ -337,6 +337,11 @@ def _tile_kernel(
         output_copy(program).wait()
 
 
+def _in_hbm(kv: Array) -> Array:
+    """The cache, kept from being moved: XLA copies one that fits there into vector memory before a call."""
+    return pltpu.with_memory_space_constraint(kv, pltpu.HBM)
+
+
 def _scratch(shape: KernelShape, kv: jax.ShapeDtypeStruct) -> list[Any]:
     """Buffers and semaphores of both kernels."""
     rows = (shape.num_groups, shape.group_rows)
@@ -381,7 +386,7 @@ def attend_decodes(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes),
         name="paged_attention_decodes",
-    )(tables.reshape(-1), context_lens, query, sinks, kv)
+    )(tables.reshape(-1), context_lens, query, sinks, _in_hbm(kv))
 
 
 def attend_tiles(
@@ -424,4 +429,4 @@ def attend_tiles(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes),
         name="paged_attention_tiles",
-    )(tables.reshape(-1), *tiles, query, sinks, kv)
+    )(tables.reshape(-1), *tiles, query, sinks, _in_hbm(kv))

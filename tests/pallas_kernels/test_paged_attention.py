@@ -7,52 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_targets import TARGETS, Target
+from kernel_targets import TARGETS, Target, check_equals_the_reference
 
 from pallas_kernels import AttentionMetadata, KVLayout, make_metadata, paged_attention
-from pallas_kernels.cases import CASES, HEAD_SHAPES, MIXED, Batch, BatchCase, make_batch
+from pallas_kernels.cases import CASES, HEAD_SHAPES, MIXED, BatchCase, make_batch
 
 REFERENCE = next(target for target in TARGETS if target.name == "reference")
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
-
-
-def run(batch: Batch, implementation: str) -> tuple[np.ndarray, object]:
-    attend = jax.jit(partial(paged_attention, **batch.options, implementation=implementation))
-    output, kv = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
-    return np.asarray(output.astype(jnp.float32)), jax.tree.map(np.asarray, kv)
-
-
-def check_equals_the_reference(case: BatchCase, target: Target) -> None:
-    with target.running():
-        batch = make_batch(case, target.name)
-        output, kv = run(batch, target.name)
-        keys, values = layout(case, target.name).unpack(kv)
-    expected, expected_kv = run(make_batch(case, "reference"), "reference")
-    assert np.isfinite(expected[: batch.num_tokens]).all()
-    assert not output[batch.num_tokens :].any(), "rows of padding tokens must be 0"
-    # float32 sums in another order; bfloat16 rounds the output to 8 bits
-    tolerance = 5e-6 if case.dtype == "float32" else 1e-2
-    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
-    expected_keys, expected_values = layout(case, "reference").unpack(expected_kv)
-    # block 0 is the null block: any padding row may be the one that stays there
-    np.testing.assert_array_equal(keys[1:].astype(np.float32), expected_keys[1:].astype(np.float32))
-    np.testing.assert_array_equal(values[1:].astype(np.float32), expected_values[1:].astype(np.float32))
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != REFERENCE], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_reference_and_reads_no_poison(case: BatchCase, target: Target) -> None:
     check_equals_the_reference(case, target)
-
-
-def layout(case: BatchCase, name: str) -> KVLayout:
-    return KVLayout(
-        num_kv_heads=case.heads.num_kv_heads,
-        head_dim=case.heads.head_dim,
-        block_size=case.block_size,
-        dtype=case.dtype,
-        implementation=name,
-    )
 
 
 def one_prompt(target: Target, length: int) -> tuple[object, AttentionMetadata]:
