@@ -26,7 +26,15 @@ from jax import lax
 
 from bench.ceilings import measured_bandwidth, measured_matmul_rate
 from bench.record import describe_run, note, write_result
-from pallas_kernels import IMPLEMENTATIONS, AttentionMetadata, KVLayout, paged_attention
+from pallas_kernels import (
+    IMPLEMENTATIONS,
+    AttentionCase,
+    AttentionMetadata,
+    KVLayout,
+    misfits,
+    paged_attention,
+    target_platform,
+)
 from pallas_kernels.cases import BENCH_CASES, Batch, BatchCase, make_batch, with_options
 
 MAPPED_TURN_TOKENS = 256
@@ -99,15 +107,38 @@ def clean(kv: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.nan_to_num(leaf) if leaf.dtype == jnp.float32 else leaf, kv)
 
 
+def reasons_to_skip(case: BatchCase) -> dict[str, str]:
+    """Why an implementation, or the yardstick, is not timed on this case; those that are timed are not in it."""
+    heads = case.heads
+    shape = AttentionCase(
+        platform=target_platform(),
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        block_size=case.block_size,
+        dtype=case.dtype,
+        num_q_heads=heads.num_q_heads,
+    )
+    reasons = {row.name: misfits(row, shape) for row in IMPLEMENTATIONS}
+    num_gathered = sum(length for _, length in case.sequences) * max(context for context, _ in case.sequences)
+    num_gathered *= 2 * heads.num_kv_heads * heads.head_dim
+    if num_gathered > MAX_DENSE_ELEMENTS:
+        reasons["reference"].append(f"would gather {num_gathered} elements")
+    reasons["mapped"] = []
+    if case.dtype != "float32":
+        reasons["mapped"].append(f"keeps keys and values as float32, not {case.dtype}")
+    if any(length > 1 for _, length in case.sequences):
+        reasons["mapped"].append("serves decodes alone")
+    return {name: "; ".join(found) for name, found in reasons.items() if found}
+
+
 def contestants(case: BatchCase, names: Sequence[str], num_layers: int) -> list[Contestant]:
     entered = []
-    num_gathered = sum(length for _, length in case.sequences) * max(context for context, _ in case.sequences)
-    num_gathered *= 2 * case.heads.num_kv_heads * case.heads.head_dim
+    skipped = reasons_to_skip(case)
     for row in IMPLEMENTATIONS:
-        if row.name in names and not (row.name == "reference" and num_gathered > MAX_DENSE_ELEMENTS):
+        if row.name in names and row.name not in skipped:
             function = partial(paged_attention, implementation=row.name)
             entered.append(enter(row.name, function, make_batch(case, row.name), num_layers))
-    if "mapped" in names and case.dtype == "float32" and all(length == 1 for _, length in case.sequences):
+    if "mapped" in names and "mapped" not in skipped:
         batch = make_batch(case, "xla")
         layout = KVLayout(
             num_kv_heads=case.heads.num_kv_heads,
@@ -134,6 +165,8 @@ def ceiling_s(case: BatchCase, bandwidth: float, matmul_rate: float) -> float:
 def race(case: BatchCase, names: Sequence[str], *, num_layers: int, repeats: int) -> list[dict[str, Any]]:
     """Interleaved layer by layer; times are of `num_layers` layers."""
     entered = contestants(case, names, num_layers)
+    if not entered:
+        return []
     for _ in range(repeats):
         for index in range(num_layers):
             for one in entered:
@@ -174,11 +207,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.num_layers < 1 or args.repeats < 1:
         parser.error("--num-layers and --repeats must be 1 or more")
     bandwidth, matmul_rate = measured_bandwidth(), measured_matmul_rate()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
     for case in BENCH_CASES:
         if args.cases is None or case.name in args.cases:
             note(case.name)
             case = with_options(case, dtype=args.dtype)
+            reasons = reasons_to_skip(case)
+            skipped += [{"case": case.name, "implementation": name, "because": reasons[name]}
+                        for name in args.implementations if name in reasons]  # fmt: skip
             ceiling_ms = ceiling_s(case, bandwidth, matmul_rate) * args.num_layers * 1e3
             for row in race(case, args.implementations, num_layers=args.num_layers, repeats=args.repeats):
                 rows.append(row | {"ceiling_ms": ceiling_ms, "fraction_of_ceiling": ceiling_ms / row["ms"]})
@@ -187,9 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(f"{row['case']:<30}{row['implementation']:<16}{row['ms']:9.1f}{row['ms_min']:9.1f}{row['ceiling_ms']:9.1f}"
               f"{row['fraction_of_ceiling']:7.0%}{row['compile_s']:11.1f}")  # fmt: skip
+    for row in skipped:
+        print(f"{row['case']:<30}{row['implementation']:<16}not timed: {row['because']}")
     result = {"bench": "kernels", **describe_run("bench.kernels", arguments), "dtype": args.dtype}
     result |= {"device": jax.devices()[0].device_kind, "num_layers": args.num_layers}
-    result |= {"read_bytes_per_s": bandwidth, "matmul_flops_per_s": matmul_rate, "rows": rows}
+    result |= {"read_bytes_per_s": bandwidth, "matmul_flops_per_s": matmul_rate, "rows": rows, "not_timed": skipped}
     write_result(result, args.output)
     return 0
 

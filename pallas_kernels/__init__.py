@@ -5,7 +5,7 @@ Read first: AttentionMetadata.
 """
 
 from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
-from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, paged_attention, pick
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
 from pallas_kernels.paged_attention.platform import lowering_for, target_platform
@@ -20,6 +20,7 @@ __all__ = [
     "gather_blocks",
     "lowering_for",
     "make_metadata",
+    "misfits",
     "paged_attention",
     "pick",
     "scatter_blocks",

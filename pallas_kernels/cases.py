@@ -26,6 +26,7 @@ HEAD_SHAPES = {
     "llama3-8b": HeadShape(32, 8, 128),
     "smollm-135m": HeadShape(9, 3, 64),
     "opt-125m": HeadShape(12, 12, 64),
+    "phi-2": HeadShape(32, 32, 80),
     "phi-3-mini": HeadShape(32, 32, 96),
     "gemma-2b": HeadShape(8, 1, 256),
     "gpt-oss-20b": HeadShape(64, 8, 64),
@@ -162,6 +163,11 @@ CASES = (
     _case("mixed, block larger than a decode item", "stories260k", *MIXED, block_size=256, key_chunk_tokens=256),
     _case("one head for all queries", "gemma-2b", (33, 1), (20, 20)),
     _case("a head for each query, bfloat16", "opt-125m", (33, 1), (1, 1), (20, 20), dtype="bfloat16"),
+    _case("heads of 80, bfloat16", "phi-2", (18, 1), (9, 9), dtype="bfloat16"),
+    _case("heads of 96", "phi-3-mini", (18, 1), (17, 2)),
+    _case("decodes longer than a turn of any kernel", "stories260k", (2100, 1), (5, 1), (1025, 1), block_size=64),
+    _case("decodes longer than a turn, with a window", "stories260k", (2100, 1), (1500, 1), (1025, 1), block_size=64,
+          window=1100),
     _case("sinks and window of a real model", "gpt-oss-20b", (150, 1), (140, 9), window=128, has_sinks=True),
 )  # fmt: skip
 """What every implementation is held against the reference on."""

@@ -131,8 +131,8 @@ def find(name: str) -> Implementation:
     raise ValueError(f"attention implementation {name!r} is unknown: use one of {known}, or None to have it picked")
 
 
-def _reasons(row: Implementation, case: AttentionCase) -> list[str]:
-    """Why `row` does not serve `case`."""
+def misfits(row: Implementation, case: AttentionCase) -> list[str]:
+    """Every reason why `row` does not serve `case`; empty when it does."""
     reasons = [] if case.platform in row.platforms else [f"runs on {', '.join(row.platforms)}, not on {case.platform}"]
     if case.dtype not in row.dtypes:
         reasons.append(f"keeps keys and values as {' or '.join(row.dtypes)}, not {case.dtype}")
@@ -149,9 +149,9 @@ def pick(case: AttentionCase, implementation: str | None = None) -> Implementati
 
 def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implementation:
     for row in rows:
-        if not _reasons(row, case):
+        if not misfits(row, case):
             return row
-    told = "; ".join(f"{row.name}: {', '.join(_reasons(row, case))}" for row in rows)
+    told = "; ".join(f"{row.name}: {', '.join(misfits(row, case))}" for row in rows)
     raise ValueError(f"no attention implementation serves {case}: {told}")
 
 
@@ -161,7 +161,7 @@ def explain(case: AttentionCase | None = None) -> str:
         case = AttentionCase(platform=target_platform(), num_kv_heads=8, head_dim=128, block_size=16, dtype="float32")
     lines, is_picked = [], False
     for row in IMPLEMENTATIONS:
-        reasons = _reasons(row, case)
+        reasons = misfits(row, case)
         state = f"no: {'; '.join(reasons)}" if reasons else "usable" if is_picked else "picked"
         is_picked |= not reasons
         lines.append(f"{row.name:<12} {state:<8} ({row.summary})")

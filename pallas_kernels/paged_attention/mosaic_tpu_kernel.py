@@ -184,8 +184,8 @@ def _attend_chunk(
         scores = jnp.where(is_seen, scores.reshape(by_token), MASKED).reshape(scores.shape)
         before = highest[group]
         now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        # the second mask is for a row that has not seen a key yet: there MASKED - now is 0
-        weights = jnp.where(is_seen, jnp.exp(scores - now).reshape(by_token), 0.0).reshape(scores.shape)
+        # a row that has seen no key yet weighs them all by 1; its first real score shrinks what that gave to 0
+        weights = jnp.exp(scores - now)
         shrink = jnp.exp(before - now)
         highest[group] = now
         total[group] = total[group] * shrink + weights.sum(axis=1, keepdims=True)
@@ -355,6 +355,8 @@ def _scratch(shape: KernelShape, kv: jax.ShapeDtypeStruct) -> list[Any]:
     ]
 
 
+# jitted, so that all layers of a step are lowered once
+@partial(jax.jit, static_argnames=("shape", "output_dtype", "vmem_limit_bytes"))
 def attend_decodes(
     shape: KernelShape,
     query: Shaped[Array, "seqs groups group_rows lanes"],
@@ -389,6 +391,7 @@ def attend_decodes(
     )(tables.reshape(-1), context_lens, query, sinks, _in_hbm(kv))
 
 
+@partial(jax.jit, static_argnames=("shape", "vmem_limit_bytes"))
 def attend_tiles(
     shape: KernelShape,
     query: Float[Array, "packed_rows lanes"],
