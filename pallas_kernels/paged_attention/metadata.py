@@ -52,7 +52,7 @@ class AttentionMetadata:
     tile_sequences: Int[Array, "tiles"]
     """The sequence of each tile."""
     tile_starts: Int[Array, "tiles"]
-    """The first token of each tile, on the token axis."""
+    """The first token of each tile, on the token axis; ascending."""
     tile_lens: Int[Array, "tiles"]
     """Tokens of each tile, 1 .. tile_size."""
     num_tiles: Int[Array, ""]

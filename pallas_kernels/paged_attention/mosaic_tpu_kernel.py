@@ -293,7 +293,7 @@ def _tile_kernel(
         return sequences[index], firsts[index], firsts[index] + lens[index]
 
     def query_copy(index: Array) -> Any:
-        # rows past the tile's end belong to other tokens: they are computed and not written
+        # rows behind the tile's end belong to other tokens, and are computed in vain
         begin = pl.multiple_of(starts[index] * rows, SUBLANES)
         slot = lax.rem(index, 2)
         return pltpu.make_async_copy(
@@ -301,9 +301,10 @@ def _tile_kernel(
         )
 
     def output_copy(index: Array) -> Any:
-        begin, size = pl.multiple_of(starts[index] * rows, SUBLANES), pl.multiple_of(lens[index] * rows, SUBLANES)
+        # whole tiles: what is behind a tile's end is written again by the tiles of those tokens, which come later
+        begin = pl.multiple_of(starts[index] * rows, SUBLANES)
         return pltpu.make_async_copy(
-            output_rows.at[pl.ds(0, size)], output.at[pl.ds(begin, size)], output_left
+            output_rows, output.at[pl.ds(begin, shape.token_rows * rows)], output_left
         )
 
     @pl.when(program == 0)
@@ -403,7 +404,7 @@ def attend_tiles(
     *,
     vmem_limit_bytes: int,
 ) -> Float[Array, "packed_rows lanes"]:
-    """The output rows of the tokens of all tiles; rows of other tokens are not written.
+    """The output rows of the tokens of all tiles; those of other tokens are anything.
 
     `tiles` are sequence, first token, first position and number of tokens of each; `query` has token_rows tokens more
     than there are, so that a tile can be read whole.

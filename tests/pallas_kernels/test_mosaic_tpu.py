@@ -154,7 +154,8 @@ def test_what_does_not_fit_in_a_core_is_refused_with_the_remedy(change: dict[str
 
 # AHEAD OF TIME: the real compiler, for a TPU that is not here
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no host to be asked for its topology
+# there is no TPU host to be asked what it is
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 compiled = pytest.mark.skipif(missing_for_tpu() is not None, reason=str(missing_for_tpu()))
 CACHE_BYTES = 256 * 2**20
 """Of a layer. More than vector memory has, so that a copy of it would have to be in HBM."""
