@@ -24,7 +24,7 @@ from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.parameters import parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
-from jaxpaged.runner.model_runner import RunnerShapes, memory_plan, resolve_shapes
+from jaxpaged.runner.shapes import RunnerShapes, memory_plan, resolve_shapes
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"

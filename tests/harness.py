@@ -13,7 +13,7 @@ from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.random_model import random_model
-from jaxpaged.runner.model_runner import memory_plan, resolve_shapes
+from jaxpaged.runner.shapes import memory_plan, resolve_shapes
 from jaxpaged.sampling_params import SamplingParams
 
 TINY = ModelConfig(

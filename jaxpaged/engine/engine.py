@@ -24,8 +24,9 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import needs_sampler
 from jaxpaged.runner.kv_cache import MemoryPlan
-from jaxpaged.runner.model_runner import InFlight, ModelRunner, RunnerShapes
+from jaxpaged.runner.model_runner import InFlight, ModelRunner
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
+from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.swap import SwapError
 from jaxpaged.sampling_params import MAX_BAD_WORDS, MAX_STOP_TOKENS, SamplingParams
 

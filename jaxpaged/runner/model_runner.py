@@ -1,14 +1,11 @@
 """Carries a plan out on the device: swaps, copies, then one jitted step of model and sampler."""
 
-import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,29 +20,14 @@ from jaxpaged.core.scheduler_output import (
 )
 from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
-from jaxpaged.runner.input_batch import (
-    Attending,
-    BuiltBatch,
-    PackedLayout,
-    RowTables,
-    build,
-    unpack,
-    unpack_sampling,
-)
-from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
-from jaxpaged.runner.logits import first_argmax, maximum
-from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row, sample, state_bytes
+from jaxpaged.runner.buckets import Bucket
+from jaxpaged.runner.input_batch import BuiltBatch, PackedLayout, RowTables, build
+from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row
+from jaxpaged.runner.shapes import RunnerShapes
+from jaxpaged.runner.step import jitted
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
-from pallas_kernels import KVLayout, paged_attention
-
-TILE_SIZE = 64
-"""Query tokens in a chunk tile (measured in pallas_kernels/README.md, decision 6)."""
-KEY_CHUNK_TOKENS = 128
-"""Keys per turn of a chunk tile; a block of more tokens is one turn."""
-INVARIANT_TILE_SIZE = 8
-"""The same in batch-invariant mode, where a decode pays for a whole tile."""
 
 
 @dataclass(frozen=True)
@@ -110,77 +92,6 @@ class _LogprobReader:
         return TokenLogprobs(token_id, self._logprob[row], self._rank[row], top)
 
 
-@dataclass(frozen=True)
-class RunnerShapes:
-    """Everything about shapes that follows from the configs, before any weight is loaded."""
-
-    buckets: Buckets
-    attending: Attending
-    layout: KVLayout
-    max_model_len: int
-    blocks_per_seq: int
-    num_rows: int
-
-
-def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype: str) -> RunnerShapes:
-    """Buckets, KV layout and lengths for a model under these choices. Raises ValueError on contradictions."""
-    max_model_len = engine_config.max_model_len or model_config.max_position_embeddings
-    if max_model_len > model_config.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len={max_model_len} is above the model's {model_config.max_position_embeddings} positions: "
-            "lower it"
-        )
-    if not engine_config.enable_chunked_prefill and engine_config.max_num_batched_tokens < max_model_len:
-        raise ValueError(
-            f"enable_chunked_prefill=False needs max_num_batched_tokens ({engine_config.max_num_batched_tokens}) of at "
-            f"least max_model_len ({max_model_len})"
-        )
-    is_invariant = engine_config.batch_invariant
-    slow_single_rows = jax.default_backend() == "cpu" and dtype != "float32"
-    return RunnerShapes(
-        buckets=make_buckets(
-            max_num_batched_tokens=engine_config.max_num_batched_tokens,
-            max_num_seqs=engine_config.max_num_seqs,
-            min_num_tokens=2 if slow_single_rows else 1,
-            is_single=is_invariant,
-        ),
-        attending=Attending(
-            tile_size=INVARIANT_TILE_SIZE if is_invariant else TILE_SIZE,
-            key_chunk_tokens=max(KEY_CHUNK_TOKENS, engine_config.block_size),
-            has_decode_tiles=not is_invariant,
-        ),
-        layout=KVLayout(
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            block_size=engine_config.block_size,
-            dtype=dtype,
-            implementation=engine_config.attention_implementation,
-        ),
-        max_model_len=max_model_len,
-        blocks_per_seq=-(-max_model_len // engine_config.block_size),
-        num_rows=engine_config.max_num_seqs,
-    )
-
-
-def memory_plan(
-    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, *, weight_bytes: int, dtype: str
-) -> MemoryPlan:
-    """The memory plan of a model, before or after its weights are loaded."""
-    largest = shapes.buckets.all[-1]
-    return plan_memory(
-        engine_config,
-        model_config,
-        device=jax.devices()[0],
-        weight_bytes=weight_bytes,
-        layer_block_bytes=shapes.layout.block_bytes,
-        sampler_bytes=state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size),
-        itemsize=jnp.dtype(dtype).itemsize,
-        max_model_len=shapes.max_model_len,
-        num_tokens=largest.num_tokens,
-        num_logits=largest.num_logits,
-    )
-
-
 class ModelRunner:
     """Owns the weights' leaves, the KV cache and the sampler's state on the device; one thread may use it.
 
@@ -207,7 +118,7 @@ class ModelRunner:
         self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
-        self._step, self._sample = _jitted(
+        self._step, self._sample = jitted(
             graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs
         )
         self._layouts = {
@@ -354,49 +265,3 @@ class ModelRunner:
         started = time.perf_counter()
         self._kv, num_blocks = self._mover.time_copies(self._kv)
         return (time.perf_counter() - started) / num_blocks, seconds_per_token
-
-
-@functools.lru_cache(maxsize=16)
-def _jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int) -> tuple[Any, Any]:
-    """The jitted step and sampler; engines of equal graphs share them, and with them every trace and compile."""
-    attention = partial(paged_attention, implementation=implementation)
-    step = jax.jit(partial(_step, graph, tree, attention, block_size), static_argnums=4, donate_argnums=(1, 2))
-    return step, jax.jit(partial(_sample, max_logprobs), donate_argnums=1)
-
-
-def _step(
-    graph: Any,
-    tree: Any,
-    attention: Any,
-    block_size: int,
-    leaves: tuple[jax.Array, ...],
-    kv: Any,
-    state: SamplerState,
-    packed: jax.Array,
-    layout: PackedLayout,
-) -> tuple[Any, SamplerState, jax.Array, jax.Array, jax.Array]:
-    """One step as a pure function; `kv` and `state` are donated.
-
-    Returns cache, state, greedy tokens and their finiteness, and what `_sample` needs where rows ask for more.
-    """
-    model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-    batch = unpack(packed, state.history, layout, block_size)
-    hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention)
-    # both readers must see the same bits: without the barrier XLA may compute the logits anew for each
-    logits = jax.lax.optimization_barrier(model.logits(hidden[batch.logit_tokens]))
-    best, finite = maximum(logits)
-    tokens = first_argmax(logits, best)
-    packed_sampling = packed[layout.sampling_start :]
-    sampling = unpack_sampling(packed_sampling, layout.bucket.num_logits)
-    history = state.history.at[sampling.write_rows, sampling.position].set(tokens, mode="drop")
-    state = replace(state, history=history)
-    return kv, state, jnp.stack([tokens, finite.astype(jnp.int32)]), logits, packed_sampling
-
-
-def _sample(
-    max_logprobs: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
-) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
-    """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated."""
-    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs)
-    tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
-    return state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)

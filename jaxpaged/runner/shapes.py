@@ -1,0 +1,92 @@
+"""What follows from the configs before any weight is loaded: buckets, KV layout, lengths, and the memory plan."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.models.config import ModelConfig
+from jaxpaged.runner.buckets import Buckets, make_buckets
+from jaxpaged.runner.input_batch import Attending
+from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
+from jaxpaged.runner.sampler import state_bytes
+from pallas_kernels import KVLayout, target_platform
+
+TILE_SIZE = 64
+"""Query tokens in a chunk tile (measured in pallas_kernels/README.md, decision 6)."""
+KEY_CHUNK_TOKENS = 128
+"""Keys per turn of a chunk tile; a block of more tokens is one turn."""
+INVARIANT_TILE_SIZE = 8
+"""The same in batch-invariant mode, where a decode pays for a whole tile."""
+
+
+@dataclass(frozen=True)
+class RunnerShapes:
+    """Everything about shapes that follows from the configs, before any weight is loaded."""
+
+    buckets: Buckets
+    attending: Attending
+    layout: KVLayout
+    max_model_len: int
+    blocks_per_seq: int
+    num_rows: int
+
+
+def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype: str) -> RunnerShapes:
+    """Buckets, KV layout and lengths for a model under these choices. Raises ValueError on contradictions."""
+    max_model_len = engine_config.max_model_len or model_config.max_position_embeddings
+    if max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} is above the model's {model_config.max_position_embeddings} positions: "
+            "lower it"
+        )
+    if not engine_config.enable_chunked_prefill and engine_config.max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"enable_chunked_prefill=False needs max_num_batched_tokens ({engine_config.max_num_batched_tokens}) of at "
+            f"least max_model_len ({max_model_len})"
+        )
+    is_invariant = engine_config.batch_invariant
+    slow_single_rows = target_platform() == "cpu" and dtype != "float32"
+    return RunnerShapes(
+        buckets=make_buckets(
+            max_num_batched_tokens=engine_config.max_num_batched_tokens,
+            max_num_seqs=engine_config.max_num_seqs,
+            min_num_tokens=2 if slow_single_rows else 1,
+            is_single=is_invariant,
+        ),
+        attending=Attending(
+            tile_size=INVARIANT_TILE_SIZE if is_invariant else TILE_SIZE,
+            key_chunk_tokens=max(KEY_CHUNK_TOKENS, engine_config.block_size),
+            has_decode_tiles=not is_invariant,
+        ),
+        layout=KVLayout(
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            block_size=engine_config.block_size,
+            dtype=dtype,
+            implementation=engine_config.attention_implementation,
+        ),
+        max_model_len=max_model_len,
+        blocks_per_seq=-(-max_model_len // engine_config.block_size),
+        num_rows=engine_config.max_num_seqs,
+    )
+
+
+def memory_plan(
+    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, *, weight_bytes: int, dtype: str
+) -> MemoryPlan:
+    """The memory plan of a model, before or after its weights are loaded."""
+    largest = shapes.buckets.all[-1]
+    return plan_memory(
+        engine_config,
+        model_config,
+        device=jax.devices()[0],
+        weight_bytes=weight_bytes,
+        layer_block_bytes=shapes.layout.block_bytes,
+        sampler_bytes=state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size),
+        itemsize=jnp.dtype(dtype).itemsize,
+        max_model_len=shapes.max_model_len,
+        num_tokens=largest.num_tokens,
+        num_logits=largest.num_logits,
+    )

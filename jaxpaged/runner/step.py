@@ -1,0 +1,110 @@
+"""One step of model and sampler as pure functions, jitted for a runner, or as shapes to be compiled elsewhere."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.registry import build_abstract
+from jaxpaged.runner.buckets import Bucket
+from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
+from jaxpaged.runner.logits import first_argmax, maximum
+from jaxpaged.runner.sampler import SamplerState, init_state, sample
+from jaxpaged.runner.shapes import RunnerShapes
+from pallas_kernels import paged_attention
+
+
+@functools.lru_cache(maxsize=16)
+def jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int) -> tuple[Any, Any]:
+    """The jitted step and sampler; engines of equal graphs share them, and with them every trace and compile."""
+    attention = partial(paged_attention, implementation=implementation)
+    jitted_step = jax.jit(partial(step, graph, tree, attention, block_size), static_argnums=4, donate_argnums=(1, 2))
+    return jitted_step, jax.jit(partial(sample_rows, max_logprobs), donate_argnums=1)
+
+
+def step(
+    graph: Any,
+    tree: Any,
+    attention: Any,
+    block_size: int,
+    leaves: tuple[jax.Array, ...],
+    kv: Any,
+    state: SamplerState,
+    packed: jax.Array,
+    layout: PackedLayout,
+) -> tuple[Any, SamplerState, jax.Array, jax.Array, jax.Array]:
+    """One step as a pure function; `kv` and `state` are donated.
+
+    Returns cache, state, greedy tokens and their finiteness, and what `sample_rows` needs where rows ask for more.
+    """
+    model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    batch = unpack(packed, state.history, layout, block_size)
+    hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention)
+    # both readers must see the same bits: without the barrier XLA may compute the logits anew for each
+    logits = jax.lax.optimization_barrier(model.logits(hidden[batch.logit_tokens]))
+    best, finite = maximum(logits)
+    tokens = first_argmax(logits, best)
+    packed_sampling = packed[layout.sampling_start :]
+    sampling = unpack_sampling(packed_sampling, layout.bucket.num_logits)
+    history = state.history.at[sampling.write_rows, sampling.position].set(tokens, mode="drop")
+    state = replace(state, history=history)
+    return kv, state, jnp.stack([tokens, finite.astype(jnp.int32)]), logits, packed_sampling
+
+
+def sample_rows(
+    max_logprobs: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
+    """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated."""
+    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs)
+    tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
+    return state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """A step of one bucket without weights or a device: `function(*arguments)`, and what to donate."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    """Weights, KV cache, sampler state and packed inputs, as jax.ShapeDtypeStruct."""
+    donate: tuple[int, ...] = (1, 2)
+
+
+def abstract_step(
+    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, bucket: Bucket, num_blocks: int
+) -> AbstractStep:
+    """The step that the runner would jit for `bucket`, to be lowered for any platform; nothing is allocated."""
+    graph, state = nnx.split(build_abstract(model_config, max_model_len=shapes.max_model_len))
+    leaves, tree = jax.tree.flatten(state)
+    layout = PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending)
+    attention = partial(paged_attention, implementation=engine_config.attention_implementation)
+
+    # the state goes as its leaves: its annotations want arrays, and here there are shapes only
+    trees: list[Any] = []
+
+    def state_leaves() -> list[jax.Array]:
+        leaves, tree = jax.tree.flatten(init_state(shapes.num_rows, shapes.max_model_len, model_config.vocab_size))
+        trees.append(tree)
+        return leaves
+
+    def function(leaves: Any, kv: Any, state: Any, packed: jax.Array) -> Any:
+        state = jax.tree.unflatten(trees[0], state)
+        kv, state, *rest = step(
+            graph, tree, attention, engine_config.block_size, leaves, kv, state, packed, layout
+        )
+        return kv, jax.tree.leaves(state), rest
+
+    arguments = (
+        tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
+        tuple(shapes.layout.shapes(num_blocks) for _ in range(model_config.num_layers)),
+        jax.eval_shape(state_leaves),
+        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+    )
+    return AbstractStep(function, arguments)
