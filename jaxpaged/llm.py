@@ -24,7 +24,7 @@ from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.parameters import parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
-from jaxpaged.runner.shapes import RunnerShapes, memory_plan, resolve_shapes
+from jaxpaged.runner.shapes import RunnerShapes, memory_plan, resolve_shapes, with_checked_attention
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
@@ -119,6 +119,10 @@ class LLM:
             raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
         # whatever can be refused is refused before a weight is read
         model_config, shapes, plan = _plan(folder, config)
+        checked = with_checked_attention(config, model_config, model_config.dtype)
+        if checked != config:  # another kernel keeps its blocks otherwise
+            config = checked
+            model_config, shapes, plan = _plan(folder, config)
         self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
         text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
         started = time.perf_counter()

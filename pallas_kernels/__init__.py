@@ -8,7 +8,7 @@ from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, s
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
-from pallas_kernels.paged_attention.platform import lowering_for, target_platform
+from pallas_kernels.paged_attention.platform import lowering_for, target_compute_capability, target_platform
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,5 +24,6 @@ __all__ = [
     "paged_attention",
     "pick",
     "scatter_blocks",
+    "target_compute_capability",
     "target_platform",
 ]

@@ -1,23 +1,29 @@
 """How each attention implementation is run on this machine: as it is, or in an interpreter of its own device.
 
 `TARGETS` is what tests of the op loop over. TPU kernels run natively on a TPU; elsewhere jax's TPU interpreter runs
-them, with its memory poisoned by NaN, its bounds checked and its races detected.
+them, with its memory poisoned by NaN, its bounds checked and its races detected. Hopper kernels run natively on a GPU,
+elsewhere in jax's GPU interpreter.
 """
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import IMPLEMENTATIONS, KVLayout, lowering_for, paged_attention
-from pallas_kernels.cases import Batch, BatchCase, make_batch
+from pallas_kernels.cases import Batch, BatchCase, make_batch, with_options
+from pallas_kernels.paged_attention import mosaic_gpu
 
 
 @contextlib.contextmanager
@@ -39,6 +45,27 @@ def tpu_interpreter(dma_execution_mode: str = "on_wait") -> Iterator[None]:
     assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
 
 
+@contextlib.contextmanager
+def gpu_interpreter() -> Iterator[None]:
+    """A context in which programs are made for an H200 and its kernels are interpreted; a race raises.
+
+    They are cut as for a device of 3 multiprocessors, so that small cases have several pieces for each.
+    """
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("jax's GPU interpreter runs these kernels from jax 0.11 on")
+    with (
+        warnings.catch_warnings(),
+        mock.patch.multiple(
+            mosaic_gpu, IS_INTERPRETED=True, NUM_MULTIPROCESSORS=3, DECODE_PROGRAMS=16, MIN_ITEM_CHUNKS=1
+        ),
+        lowering_for("gpu", "NVIDIA H200"),
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+    ):
+        # the interpreter multiplies in numpy, which warns of the infinite keys that a test brings
+        warnings.filterwarnings("ignore", "invalid value encountered in matmul")
+        yield
+
+
 @dataclass(frozen=True)
 class Target:
     """An implementation and the context to run it in."""
@@ -48,15 +75,25 @@ class Target:
     running: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     block_multiple: int = 1
     """Its block sizes are multiples of this."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Of keys and values that it keeps; the first is what tests of any dtype use."""
 
     def __str__(self) -> str:
         return self.name
 
 
-INTERPRETED = {} if jax.default_backend() == "tpu" else {"mosaic_tpu": tpu_interpreter}
-BLOCK_MULTIPLES = {"mosaic_tpu": 8}
+INTERPRETERS = {"tpu": {"mosaic_tpu": tpu_interpreter}, "gpu": {"mosaic_gpu": gpu_interpreter}}
+INTERPRETED = {
+    name: interpreter
+    for platform, interpreters in INTERPRETERS.items()
+    if platform != jax.default_backend()
+    for name, interpreter in interpreters.items()
+}
+BLOCK_MULTIPLES = {"mosaic_tpu": 8, "mosaic_gpu": 8}
+TOLERANCES = {"float32": 5e-6, "bfloat16": 1e-2}
+"""float32 sums in another order; bfloat16 rounds the output to 8 bits."""
 TARGETS = tuple(
-    Target(row.name, INTERPRETED.get(row.name, contextlib.nullcontext), BLOCK_MULTIPLES.get(row.name, 1))
+    Target(row.name, INTERPRETED.get(row.name, contextlib.nullcontext), BLOCK_MULTIPLES.get(row.name, 1), row.dtypes)
     for row in IMPLEMENTATIONS
 )
 
@@ -79,6 +116,8 @@ def _run(batch: Batch, implementation: str) -> tuple[np.ndarray, object]:
 
 def check_equals_the_reference(case: BatchCase, target: Target) -> None:
     """The target's output and cache are those of the reference; blocks that must not be read are NaN."""
+    if case.dtype not in target.dtypes:
+        case = with_options(case, dtype=target.dtypes[0])
     with target.running():
         batch = make_batch(case, target.name)
         output, kv = _run(batch, target.name)
@@ -86,8 +125,7 @@ def check_equals_the_reference(case: BatchCase, target: Target) -> None:
     expected, expected_kv = _run(make_batch(case, "reference"), "reference")
     assert np.isfinite(expected[: batch.num_tokens]).all()
     assert not output[batch.num_tokens :].any(), "rows of padding tokens must be 0"
-    # float32 sums in another order; bfloat16 rounds the output to 8 bits
-    tolerance = 5e-6 if case.dtype == "float32" else 1e-2
+    tolerance = TOLERANCES[case.dtype]
     np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
     expected_keys, expected_values = _layout(case, "reference").unpack(expected_kv)
     # block 0 is the null block: any padding row may be the one that stays there

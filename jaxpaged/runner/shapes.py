@@ -1,6 +1,7 @@
 """What follows from the configs before any weight is loaded: buckets, KV layout, lengths, and the memory plan."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from jaxpaged.runner.input_batch import Attending
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
 from pallas_kernels import KVLayout, target_platform
+from pallas_kernels.self_check import self_check
 
+FALLBACK = "xla"
+"""The implementation of attention that runs wherever jax does."""
 TILE_SIZE = 64
 """Query tokens in a chunk tile (measured in pallas_kernels/README.md, decision 6)."""
 KEY_CHUNK_TOKENS = 128
@@ -71,6 +75,35 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         blocks_per_seq=-(-max_model_len // engine_config.block_size),
         num_rows=engine_config.max_num_seqs,
     )
+
+
+def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfig, dtype: str) -> EngineConfig:
+    """The config, with the implementation of attention named that is to be used on this device.
+
+    One that was picked, not asked for, is compared with the reference on one small case; where it fails, a warning
+    says why and plain XLA takes its place. Implementations that run on the host's own processor are trusted: they are
+    compared in every run of the tests.
+    """
+    shapes = resolve_shapes(engine_config, model_config, dtype)
+    row = shapes.layout.row
+    if engine_config.attention_implementation is not None or target_platform() == "cpu":
+        return engine_config
+    reason = self_check(
+        row.name,
+        num_q_heads=model_config.num_q_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=engine_config.block_size,
+        dtype=dtype,
+    )
+    if reason is None:
+        return replace(engine_config, attention_implementation=row.name)
+    warnings.warn(
+        f"the attention kernel {row.name} failed its check on this device and is not used ({reason}): plain XLA is, "
+        "which is slower; please report it",
+        stacklevel=2,
+    )
+    return replace(engine_config, attention_implementation=FALLBACK)
 
 
 def memory_plan(

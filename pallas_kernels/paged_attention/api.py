@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.paged_attention import mosaic_tpu_layout, native_cpu, reference, xla
+from pallas_kernels.paged_attention import mosaic_gpu_layout, mosaic_tpu_layout, native_cpu, reference, xla
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.platform import target_platform
+from pallas_kernels.paged_attention.platform import target_compute_capability, target_platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class AttentionCase:
     block_size: int
     dtype: str
     """Logical dtype of the cache."""
+    compute_capability: str | None = None
+    """As `target_compute_capability()` tells it."""
     num_q_heads: int | None = None
     """None where it is not known yet, as for a layout."""
     window: int | None = None
@@ -73,6 +75,19 @@ def _attend_mosaic_tpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
     return mosaic_tpu.attend(*arrays, **options)
 
 
+def _mosaic_gpu_misfits(case: AttentionCase) -> list[str]:
+    capability = case.compute_capability if case.platform in GPU_PLATFORMS else mosaic_gpu_layout.COMPUTE_CAPABILITY
+    return mosaic_gpu_layout.misfits(case.num_kv_heads, case.num_q_heads, case.head_dim, case.block_size, capability)
+
+
+def _attend_mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
+    from pallas_kernels.paged_attention import mosaic_gpu  # noqa: PLC0415  as above
+
+    return mosaic_gpu.attend(*arrays, **options)
+
+
+GPU_PLATFORMS = ("gpu", "cuda")
+
 # Best first; a new backend is one file and one row here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
@@ -85,6 +100,17 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         pack=mosaic_tpu_layout.pack,
         unpack=mosaic_tpu_layout.unpack,
         attend=_attend_mosaic_tpu,
+    ),
+    Implementation(
+        name="mosaic_gpu",
+        summary="Pallas kernels for Hopper GPUs: bulk copies, matrix instructions, split decodes; default there",
+        platforms=GPU_PLATFORMS,
+        dtypes=("bfloat16",),
+        misfits=_mosaic_gpu_misfits,
+        cache_shapes=mosaic_gpu_layout.cache_shapes,
+        pack=mosaic_gpu_layout.pack,
+        unpack=mosaic_gpu_layout.unpack,
+        attend=_attend_mosaic_gpu,
     ),
     Implementation(
         name="native_cpu",
@@ -158,7 +184,14 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
 def explain(case: AttentionCase | None = None) -> str:
     """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape."""
     if case is None:
-        case = AttentionCase(platform=target_platform(), num_kv_heads=8, head_dim=128, block_size=16, dtype="float32")
+        case = AttentionCase(
+            platform=target_platform(),
+            compute_capability=target_compute_capability(),
+            num_kv_heads=8,
+            head_dim=128,
+            block_size=16,
+            dtype="float32",
+        )
     lines, is_picked = [], False
     for row in IMPLEMENTATIONS:
         reasons = misfits(row, case)
@@ -270,6 +303,7 @@ def paged_attention(
         )
     case = AttentionCase(
         platform=target_platform(),
+        compute_capability=target_compute_capability(),
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,

@@ -20,6 +20,7 @@ from pallas_kernels import (
     make_metadata,
     paged_attention,
     pick,
+    target_compute_capability,
     target_platform,
 )
 from pallas_kernels.paged_attention import native_cpu
@@ -51,7 +52,10 @@ GOOD = {
         ({"scale": float("nan")}, "scale=nan must be finite"),
         ({"kv": jnp.zeros((2, 8, 4))}, "make it with KVLayout"),
         ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
-        ({"implementation": "cuda"}, "'cuda' is unknown: use one of 'mosaic_tpu', 'native_cpu', 'xla', 'reference'"),
+        (
+            {"implementation": "cuda"},
+            "'cuda' is unknown: use one of 'mosaic_tpu', 'mosaic_gpu', 'native_cpu', 'xla', 'reference'",
+        ),
         ({"implementation": "reference"}, "is no layer cache of reference"),
         ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
         ({"metadata": replace(METADATA, tile_size=0)}, "must be 1 or more"),
@@ -85,6 +89,26 @@ def test_on_a_tpu_its_kernel_is_picked_where_it_fits() -> None:
         pick(CASE, "mosaic_tpu")
 
 
+def test_on_a_hopper_gpu_its_kernel_is_picked_where_it_fits() -> None:
+    case = replace(CASE, platform="gpu", compute_capability="9.0", dtype="bfloat16")
+    assert pick(case).name == "mosaic_gpu"
+    assert pick(replace(case, platform="cuda", num_q_heads=128)).name == "mosaic_gpu"
+    for change, reason in (
+        ({"compute_capability": "10.0"}, "needs compute capability 9.0 .*, not 10.0"),
+        ({"compute_capability": None}, "needs compute capability 9.0 .*, not an unknown one"),
+        ({"dtype": "float32"}, "keeps keys and values as bfloat16, not float32"),
+        ({"head_dim": 288}, "needs a head dim of at most 256, not 288"),
+        ({"num_q_heads": 130}, "needs at most 64 query heads for each key-value head, not 130 for 2"),
+        ({"block_size": 24}, "needs a block size of 8, 16, 32, 64 or a multiple of 128, not 24"),
+        ({"block_size": 192}, "needs a block size of 8, 16, 32, 64 or a multiple of 128, not 192"),
+        ({"block_size": 4}, "not 4, as keys are read 64 and 128 at a time"),
+        ({"platform": "cpu"}, "mosaic_gpu: runs on gpu, cuda, not on cpu$"),
+    ):
+        assert pick(replace(case, **change)).name in ("xla", "native_cpu")
+        with pytest.raises(ValueError, match=reason):
+            pick(replace(case, **change), "mosaic_gpu")
+
+
 def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
     lines = explain(replace(CASE, platform="abacus", dtype="float16", block_size=12)).splitlines()
     assert len(lines) == len(IMPLEMENTATIONS)
@@ -92,8 +116,8 @@ def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
     assert "multiple of 8, not 12" in lines[0]
     assert states_of(CASE)["mosaic_tpu"] == "no:"
     assert states_of(CASE)["reference"] == "usable"
-    expected = {"mosaic_tpu": "picked", "native_cpu": "no:", "xla": "usable", "reference": "usable"}
-    assert states_of(replace(CASE, platform="tpu")) == expected
+    others = {"mosaic_gpu": "no:", "native_cpu": "no:", "xla": "usable", "reference": "usable"}
+    assert states_of(replace(CASE, platform="tpu")) == {"mosaic_tpu": "picked", **others}
 
 
 def states_of(case: AttentionCase) -> dict[str, str]:
@@ -108,6 +132,11 @@ def test_programs_can_be_made_for_a_platform_that_is_not_here() -> None:
         layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="bfloat16")
         assert layout.row.name == "mosaic_tpu"
         assert explain().startswith("mosaic_tpu   picked")
+    for kind, capability in (("NVIDIA H200", "9.0"), ("NVIDIA GH200 480GB", "9.0"), ("NVIDIA B200", None)):
+        with lowering_for("cuda", kind):
+            assert (target_platform(), target_compute_capability()) == ("cuda", capability)
+            hopper = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="bfloat16")
+            assert hopper.row.name == ("mosaic_gpu" if capability else "xla")
     assert target_platform() == jax.default_backend()
     assert layout.row.name != "mosaic_tpu" or jax.default_backend() == "tpu"
 
@@ -121,6 +150,10 @@ def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(
     num_kv_heads: int, head_dim: int, lanes: int, dtype: str, target: Target
 ) -> None:
     with target.running():
+        if dtype not in target.dtypes:
+            with pytest.raises(ValueError, match=f"not {dtype}"):
+                KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype, implementation=target.name)
+            return
         layout = KVLayout(
             num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=8, dtype=dtype, implementation=target.name
         )
@@ -135,8 +168,11 @@ def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(
         )
         assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(kv))
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
-        # a TPU's registers have 128 lanes: what does not fill them is padded
-        width = lanes if target.name == "mosaic_tpu" else num_kv_heads * head_dim
+        # a TPU's registers have 128 lanes, a GPU's matrix instructions take 16: what does not fill them is padded
+        width = {
+            "mosaic_tpu": lanes,
+            "mosaic_gpu": num_kv_heads * -(-head_dim // 16) * 16,
+        }.get(target.name, num_kv_heads * head_dim)
         assert layout.block_bytes == 2 * 8 * width * jnp.dtype(dtype).itemsize
 
 

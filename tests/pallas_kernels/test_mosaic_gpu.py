@@ -1,0 +1,175 @@
+"""What the Hopper kernels promise beyond being right: even work, and programs for an H200 that need none to compile."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_targets import TARGETS, check_equals_the_reference
+
+from pallas_kernels import KVLayout, lowering_for, make_metadata, paged_attention
+from pallas_kernels.aot import compile_for_h200, missing_for_h200
+from pallas_kernels.cases import HEAD_SHAPES, BatchCase
+from pallas_kernels.paged_attention.mosaic_gpu import cut_into_items
+
+TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_items_cover_the_chunks_of_every_decode_once_and_are_about_equal(window: int | None) -> None:
+    lens = np.array([1000, 0, 64, 65, 1, 5000, 0], np.int32)
+    items = cut_into_items(jnp.asarray(lens), 64, window, num_items=12)
+    num_items = int(items.first_items[-1])
+    assert 12 <= num_items <= 12 + len(lens) if window is None else num_items >= 5
+    sizes = []
+    for sequence, length in enumerate(lens):
+        mine = range(int(items.first_items[sequence]), int(items.first_items[sequence + 1]))
+        assert all(int(items.sequences[i]) == sequence for i in mine)
+        chunks = [chunk for i in mine for chunk in range(int(items.starts[i]), int(items.ends[i]))]
+        first = 0 if window is None else max(length - window, 0) // 64
+        assert chunks == list(range(first, -(-length // 64)))
+        sizes += [int(items.ends[i] - items.starts[i]) for i in mine]
+    assert len(sizes) == num_items
+    assert min(sizes) >= 1
+    # 16 + 1 + 2 + 1 + 79 chunks by 12 items, rounded up
+    assert window is not None or max(sizes) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        # tiles of two token blocks, of which the second starts behind the end of the short ones
+        BatchCase(name="tiles of 96", heads=HEAD_SHAPES["stories260k"], sequences=((150, 100), (70, 20), (140, 96)),
+                  tile_size=96, num_padding_tokens=0),
+        # three query heads are an odd number of row blocks for two warpgroups
+        BatchCase(name="odd group", heads=HEAD_SHAPES["smollm-135m"], sequences=((5, 1), (300, 130)), tile_size=64),
+        BatchCase(name="many blocks a chunk", heads=HEAD_SHAPES["phi-3-mini"], sequences=((260, 1), (40, 9)),
+                  block_size=8),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_shapes_of_its_own_equal_the_reference(case: BatchCase) -> None:
+    check_equals_the_reference(replace(case, dtype="bfloat16"), TARGET)
+
+
+# AHEAD OF TIME: the real compiler, for an H200 that is not here
+
+compiled = pytest.mark.skipif(missing_for_h200() is not None, reason=str(missing_for_h200()))
+IS_OLD = jax.__version_info__ < (0, 11)
+"""As jax 0.10.2 compiles it, the tile kernel spills a few bytes for some shapes."""
+CACHE_BYTES = 256 * 2**20
+"""Of a layer."""
+
+
+def shapes(layout: KVLayout, num_q_heads: int, *, num_tokens: int, num_seqs: int) -> tuple[Any, ...]:
+    """Shapes of query, key, value, layer cache and metadata of a step."""
+    metadata = make_metadata(
+        block_tables=np.zeros((0, 8192 // layout.block_size), np.int32),
+        context_lens=[],
+        query_lens=[],
+        block_size=layout.block_size,
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        key_chunk_tokens=max(128, layout.block_size),
+    )
+    query, key = (
+        jax.ShapeDtypeStruct((num_tokens, count, layout.head_dim), jnp.bfloat16)
+        for count in (num_q_heads, layout.num_kv_heads)
+    )
+    cache = layout.shapes(CACHE_BYTES // layout.block_bytes)
+    return query, key, key, cache, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata)
+
+
+def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_layers: int, temp_bytes: int) -> None:
+    """All caches are aliased, little else is allocated, and nothing of a cache's shape is made but by the writes."""
+    num_blocks = CACHE_BYTES // layout.block_bytes
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == num_layers * num_blocks * layout.block_bytes
+    assert memory.temp_size_in_bytes <= temp_bytes
+    shape = ",".join(map(str, layout.shapes(num_blocks)[0].shape))
+    made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
+    assert "parameter" in made, "the pattern finds caches"
+    assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "head_dim", "block_size", "options", "most_spilled"),
+    [
+        (32, 8, 128, 16, {}, 0),
+        (9, 3, 64, 64, {"window": 128, "soft_cap": 30.0}, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (32, 8, 128, 8, {}, 32 if IS_OLD else 0),
+                (32, 8, 128, 128, {"window": 4096}, 4 if IS_OLD else 0),
+                (32, 8, 128, 32, {"soft_cap": 30.0}, 0),
+                (64, 8, 64, 16, {"window": 128}, 0),
+                (32, 32, 96, 16, {}, 0),
+                (32, 32, 80, 16, {}, 0),
+                (12, 12, 64, 256, {}, 0),
+                (71, 1, 64, 16, {}, None),
+                # its tile kernel has not enough registers for everything: 88 bytes were the most
+                (8, 1, 256, 16, {}, 128),
+                (8, 1, 256, 16, {"soft_cap": 30.0, "window": 1024}, 128),
+            )
+        ),
+    ],
+)
+def test_compiles_for_an_h200_in_place_and_keeps_to_registers(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    options: dict[str, Any],
+    most_spilled: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    with lowering_for("cuda", "NVIDIA H200"):
+        layout = KVLayout(num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype="bfloat16")
+        step = shapes(layout, num_q_heads, num_tokens=64, num_seqs=32)
+        attend = partial(paged_attention, scale=head_dim**-0.5, **options)
+        if most_spilled is None:
+            assert layout.row.name == "mosaic_gpu"
+            with pytest.raises(ValueError, match="at most 64 query heads"):
+                compile_for_h200(attend, *step, donate=3)
+            return
+        program = compile_for_h200(attend, *step, donate=3)
+        # outputs of items (twice, in float32), of decodes and of tiles
+        check_is_in_place(program, layout, num_layers=1, temp_bytes=32 * 2**20)
+    told = "".join(capfd.readouterr())
+    spilled = [int(number) for number in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", told)]
+    assert spilled, "kernels that were compiled before in this process are not told of again, but not all were"
+    assert max(spilled) <= most_spilled
+
+
+@compiled
+def test_a_loop_of_steps_over_layers_keeps_every_cache_in_place() -> None:
+    num_layers, model_dim, num_heads, num_kv_heads, head_dim = 3, 128, 32, 8, 128
+    with lowering_for("cuda", "NVIDIA H200"):
+        layout = KVLayout(num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=16, dtype="bfloat16")
+        *_, cache, metadata = shapes(layout, num_heads, num_tokens=32, num_seqs=32)
+
+        def steps(caches: Any, hidden: Any, weights: Any, metadata: Any) -> Any:
+            def step(_: Any, carry: Any) -> Any:
+                caches, hidden = list(carry[0]), carry[1]
+                for layer in range(num_layers):
+                    heads = (hidden @ weights[layer]).reshape(32, -1, head_dim)
+                    query, key, value = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
+                    output, caches[layer] = paged_attention(query, key, value, caches[layer], metadata, scale=0.1)
+                    hidden = output.reshape(32, -1)[:, :model_dim]
+                return caches, hidden
+
+            return jax.lax.fori_loop(0, 4, step, (caches, hidden))
+
+        hidden = jax.ShapeDtypeStruct((32, model_dim), jnp.bfloat16)
+        weight = jax.ShapeDtypeStruct((model_dim, (num_heads + 2 * num_kv_heads) * head_dim), jnp.bfloat16)
+        program = compile_for_h200(steps, [cache] * num_layers, hidden, [weight] * num_layers, metadata, donate=0)
+        check_is_in_place(program, layout, num_layers=num_layers, temp_bytes=64 * 2**20)

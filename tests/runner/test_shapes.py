@@ -1,0 +1,71 @@
+"""What is picked on a device is checked there, once; what fails is replaced, loudly."""
+
+import dataclasses
+
+import pytest
+from harness import TINY
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.runner import shapes
+from jaxpaged.runner.shapes import with_checked_attention
+from pallas_kernels.paged_attention import api
+from pallas_kernels.self_check import self_check
+
+CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32)
+HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 16, "dtype": "float32"}
+
+
+def replace_row(monkeypatch, name, attend):
+    rows = tuple(dataclasses.replace(row, attend=attend) if row.name == name else row for row in api.IMPLEMENTATIONS)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", rows)
+    self_check.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _checked_anew():
+    yield
+    self_check.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["native_cpu", "xla"])
+def test_what_is_right_passes(name):
+    assert self_check(name, **HEADS) is None
+
+
+def test_what_is_wrong_is_told(monkeypatch):
+    attend = api.find("xla").attend
+
+    def wrong(*arrays, **options):
+        output, kv = attend(*arrays, **options)
+        return output * 1.01, kv
+
+    replace_row(monkeypatch, "xla", wrong)
+    reason = self_check("xla", **HEADS)
+    assert reason is not None
+    assert reason.startswith("its output differs from the reference's by 0.0")
+
+
+def test_what_raises_is_told(monkeypatch):
+    def broken(*arrays, **options):
+        raise RuntimeError("no such instruction")
+
+    replace_row(monkeypatch, "xla", broken)
+    assert self_check("xla", **HEADS) == "RuntimeError: no such instruction"
+
+
+def test_a_kernel_that_fails_on_a_device_is_replaced_by_xla_with_a_warning(monkeypatch):
+    monkeypatch.setattr(shapes, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(shapes, "self_check", lambda name, **case: "it is wrong")
+    with pytest.warns(UserWarning, match="failed its check on this device.*it is wrong.*plain XLA"):
+        assert with_checked_attention(CONFIG, TINY, "float32").attention_implementation == "xla"
+    monkeypatch.setattr(shapes, "self_check", lambda name, **case: None)
+    picked = with_checked_attention(CONFIG, TINY, "float32").attention_implementation
+    assert picked == shapes.resolve_shapes(CONFIG, TINY, "float32").layout.row.name
+
+
+def test_what_was_asked_for_or_runs_here_is_not_checked(monkeypatch):
+    monkeypatch.setattr(shapes, "self_check", lambda name, **case: pytest.fail("checked"))
+    assert with_checked_attention(CONFIG, TINY, "float32") == CONFIG
+    monkeypatch.setattr(shapes, "target_platform", lambda: "tpu")
+    asked = dataclasses.replace(CONFIG, attention_implementation="xla")
+    assert with_checked_attention(asked, TINY, "float32") == asked
