@@ -106,7 +106,8 @@ def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_lay
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                (32, 8, 128, 8, {}, 32 if IS_OLD else 0),
+                # the ids of 16 blocks are too many for the 40 registers of the warpgroup that copies
+                (32, 8, 128, 8, {}, 40),
                 (32, 8, 128, 128, {"window": 4096}, 4 if IS_OLD else 0),
                 (32, 8, 128, 32, {"soft_cap": 30.0}, 0),
                 (64, 8, 64, 16, {"window": 128}, 0),
