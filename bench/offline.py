@@ -219,6 +219,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.configs = args.configs or ["static-16-arrival", "continuous-256"]
     if args.repeats < 1 or (args.peer_requests is not None and args.peer_requests < 1):
         parser.error("--repeats and --peer-requests must be 1 or more")
+    known = [f"static-{size}-{order}" for size in STATIC_BATCH_SIZES for order in ("arrival", "sorted")]
+    known += [f"continuous-{num_tokens}" for num_tokens in CONTINUOUS_BATCH_TOKENS]
+    for name in args.configs or ():
+        if name not in known:
+            parser.error(f"--configs {name} is not known: choose among {', '.join(known)}")
     return args
 
 

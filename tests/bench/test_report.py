@@ -94,3 +94,10 @@ def test_every_static_batch_size_is_played_in_both_orders():
     ]
     assert as_arguments(requests)["max_tokens"][0] == requests[0].max_tokens
     assert parse(["--quick"]).num_requests == 16
+
+
+def test_a_configuration_that_is_not_known_is_refused(capsys):
+    assert parse(["--configs", "static-16-sorted"]).configs == ["static-16-sorted"]
+    with pytest.raises(SystemExit):
+        parse(["--configs", "static-16"])
+    assert "static-16 is not known: choose among static-8-arrival" in capsys.readouterr().err
