@@ -1,17 +1,11 @@
 """The command line, in this process and as users run it."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
 from jaxpaged.cli import main
-
-
-@pytest.fixture(scope="module")
-def golden(stories260k):
-    return json.loads((stories260k / "golden.json").read_text())["greedy"]
 
 
 def test_the_command_line_prints_the_published_story(stories260k, golden, capsys):

@@ -1,6 +1,5 @@
 """LLM, on the demo model and on a real trained checkpoint."""
 
-import json
 import re
 import subprocess
 import sys
@@ -12,11 +11,6 @@ from jaxpaged.engine.engine import Engine
 from jaxpaged.llm import engine_config_from
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
-
-
-@pytest.fixture(scope="module")
-def golden(stories260k):
-    return json.loads((stories260k / "golden.json").read_text())["greedy"]
 
 
 @pytest.fixture(scope="module")

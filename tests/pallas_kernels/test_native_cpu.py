@@ -15,6 +15,8 @@ from pallas_kernels.paged_attention import native_cpu
 
 CASE = AttentionCase(platform="cpu", num_kv_heads=4, head_dim=8, block_size=16, dtype="float32")
 
+needs_compiler = pytest.mark.skipif(native_cpu.find_compiler() is None, reason="no C++ compiler is installed")
+
 
 def attend(batch, **options):
     output, _ = jax.jit(partial(paged_attention, **batch.options, **options))(
@@ -23,6 +25,7 @@ def attend(batch, **options):
     return np.asarray(output.astype(jnp.float32))
 
 
+@needs_compiler
 def test_it_is_picked_on_a_cpu():
     assert native_cpu.why_unavailable() is None
     assert pick(CASE).name == "native_cpu"
@@ -44,6 +47,7 @@ def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch):
         native_cpu.why_unavailable.cache_clear()
 
 
+@needs_compiler
 def test_a_compiler_that_fails_is_a_reason_too(monkeypatch, tmp_path):
     monkeypatch.setattr(native_cpu, "SOURCE", tmp_path / "broken.cc")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
@@ -60,6 +64,7 @@ def test_a_compiler_that_fails_is_a_reason_too(monkeypatch, tmp_path):
         native_cpu.why_unavailable.cache_clear()
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
 @pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64"])
@@ -79,6 +84,7 @@ def test_every_case_is_right_when_compiled_for_an_older_processor(monkeypatch, t
         )
 
 
+@needs_compiler
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 64, 256])
 @pytest.mark.parametrize("head_dim", [1, 20, 48, 64, 80, 256])
 def test_every_block_size_and_head_dim(block_size, head_dim):
