@@ -33,7 +33,6 @@ from pallas_kernels import (
     KVLayout,
     misfits,
     paged_attention,
-    target_platform,
 )
 from pallas_kernels.cases import BENCH_CASES, Batch, BatchCase, make_batch, with_options
 
@@ -111,7 +110,6 @@ def reasons_to_skip(case: BatchCase) -> dict[str, str]:
     """Why an implementation, or the yardstick, is not timed on this case; those that are timed are not in it."""
     heads = case.heads
     shape = AttentionCase(
-        platform=target_platform(),
         num_kv_heads=heads.num_kv_heads,
         head_dim=heads.head_dim,
         block_size=case.block_size,

@@ -39,17 +39,28 @@ class PeerConfig:
     arguments: dict[str, Any]
 
 
+def static_names(num_requests: int) -> dict[str, tuple[int, bool]]:
+    """Batch size, and whether sorted, of each static configuration: both orders, one where a batch holds all."""
+    return {
+        f"static-{size}-{'sorted' if is_sorted else 'arrival'}": (size, is_sorted)
+        for size in STATIC_BATCH_SIZES
+        for is_sorted in ((False, True) if size < num_requests else (False,))
+    }
+
+
+def continuous_names() -> dict[str, int]:
+    """Tokens a step of each continuous configuration."""
+    return {f"continuous-{num_tokens}": num_tokens for num_tokens in CONTINUOUS_BATCH_TOKENS}
+
+
 def peer_configs(requests: Sequence[BenchRequest]) -> list[PeerConfig]:
-    """Every static batch size in both orders (one where a single batch holds all), and continuous batching."""
+    """Every static configuration, and continuous batching."""
     configs = []
-    for batch_size in STATIC_BATCH_SIZES:
-        for is_sorted in (False, True) if batch_size < len(requests) else (False,):
-            batches = static_batches(requests, batch_size, is_sorted=is_sorted)
-            name = f"static-{batch_size}-{'sorted' if is_sorted else 'arrival'}"
-            configs.append(PeerConfig(name=name, call="static", arguments={"batches": batches}))
-    for num_tokens in CONTINUOUS_BATCH_TOKENS:
-        arguments = {"max_batch_tokens": num_tokens}
-        configs.append(PeerConfig(name=f"continuous-{num_tokens}", call="continuous", arguments=arguments))
+    for name, (batch_size, is_sorted) in static_names(len(requests)).items():
+        batches = static_batches(requests, batch_size, is_sorted=is_sorted)
+        configs.append(PeerConfig(name=name, call="static", arguments={"batches": batches}))
+    for name, num_tokens in continuous_names().items():
+        configs.append(PeerConfig(name=name, call="continuous", arguments={"max_batch_tokens": num_tokens}))
     return configs
 
 
@@ -219,8 +230,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.configs = args.configs or ["static-16-arrival", "continuous-256"]
     if args.repeats < 1 or (args.peer_requests is not None and args.peer_requests < 1):
         parser.error("--repeats and --peer-requests must be 1 or more")
-    known = [f"static-{size}-{order}" for size in STATIC_BATCH_SIZES for order in ("arrival", "sorted")]
-    known += [f"continuous-{num_tokens}" for num_tokens in CONTINUOUS_BATCH_TOKENS]
+    known = [*static_names(min(args.num_requests, args.peer_requests or args.num_requests)), *continuous_names()]
     for name in args.configs or ():
         if name not in known:
             parser.error(f"--configs {name} is not known: choose among {', '.join(known)}")

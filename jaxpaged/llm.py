@@ -118,11 +118,9 @@ class LLM:
         if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
             raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
         # whatever can be refused is refused before a weight is read
-        model_config, shapes, plan = _plan(folder, config)
-        checked = with_checked_attention(config, model_config, model_config.dtype)
-        if checked != config:  # another kernel keeps its blocks otherwise
-            config = checked
-            model_config, shapes, plan = _plan(folder, config)
+        model_config = _read_config(folder, config)
+        config = with_checked_attention(config, model_config, model_config.dtype)
+        shapes, plan = _plan(config, model_config)
         self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
         text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
         started = time.perf_counter()
@@ -316,27 +314,30 @@ class LLM:
             self.engine.step()
 
 
-def _plan(folder: Path, config: EngineConfig) -> tuple[ModelConfig, RunnerShapes, MemoryPlan]:
-    """A model's facts, shapes and memory plan; reads the headers of its files and no weight."""
+def _read_config(folder: Path, config: EngineConfig) -> ModelConfig:
+    """A model's facts, in the dtype that is asked for; reads the headers of its files and no weight."""
     dtype = None if config.dtype == "auto" else config.dtype
-    if checkpoint.is_native(folder):
-        model_config = checkpoint.read_config(folder)
-        if dtype is not None:
-            model_config = checkpoint.config_with_dtype(model_config, dtype)
-    else:
+    if not checkpoint.is_native(folder):
         with open_checkpoint(folder, dtype) as opened:
-            model_config = opened.config
+            return opened.config
+    model_config = checkpoint.read_config(folder)
+    return model_config if dtype is None else checkpoint.config_with_dtype(model_config, dtype)
+
+
+def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes, MemoryPlan]:
+    """Shapes and memory plan, before any weight is there."""
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     itemsize = jnp.dtype(model_config.dtype).itemsize
     specs = parameter_specs(build_abstract(model_config))
     weight_bytes = sum(math.prod(spec.shape) * itemsize for spec in specs.values())
     plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
-    return model_config, shapes, plan
+    return shapes, plan
 
 
 def plan_for(model: str | Path, **options: Any) -> str:
     """The memory plan of a model as a table, before anything is loaded."""
-    _, _, plan = _plan(resolve_folder(model), engine_config_from(options))
+    config = engine_config_from(options)
+    _, plan = _plan(config, _read_config(resolve_folder(model), config))
     return plan.table()
 
 

@@ -84,10 +84,9 @@ def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfi
     says why and plain XLA takes its place. Implementations that run on the host's own processor are trusted: they are
     compared in every run of the tests.
     """
-    shapes = resolve_shapes(engine_config, model_config, dtype)
-    row = shapes.layout.row
     if engine_config.attention_implementation is not None or target_platform() == "cpu":
         return engine_config
+    row = resolve_shapes(engine_config, model_config, dtype).layout.row
     reason = self_check(
         row.name,
         num_q_heads=model_config.num_q_heads,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,15 +18,14 @@ from pallas_kernels.paged_attention.platform import target_compute_capability, t
 class AttentionCase:
     """What the choice of an implementation depends on; all of it is known before anything is compiled."""
 
-    platform: str
-    """As `target_platform()` names it: cpu, gpu, tpu."""
+    platform: str = field(default_factory=target_platform)
+    """cpu, gpu, tpu; like the next, that of the device that is traced for, if not given."""
+    compute_capability: str | None = field(default_factory=target_compute_capability)
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: str
     """Logical dtype of the cache."""
-    compute_capability: str | None = None
-    """As `target_compute_capability()` tells it."""
     num_q_heads: int | None = None
     """None where it is not known yet, as for a layout."""
     window: int | None = None
@@ -125,7 +124,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation(
         name="xla",
-        summary="plain XLA, loops over tiles with dynamic length; default on CPU, fallback elsewhere",
+        summary="plain XLA, loops over tiles with dynamic length; serves where no other row does",
         platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
         dtypes=("float32", "bfloat16"),
         misfits=_no_misfits,
@@ -184,14 +183,7 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
 def explain(case: AttentionCase | None = None) -> str:
     """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape."""
     if case is None:
-        case = AttentionCase(
-            platform=target_platform(),
-            compute_capability=target_compute_capability(),
-            num_kv_heads=8,
-            head_dim=128,
-            block_size=16,
-            dtype="float32",
-        )
+        case = AttentionCase(num_kv_heads=8, head_dim=128, block_size=16, dtype="float32")
     lines, is_picked = [], False
     for row in IMPLEMENTATIONS:
         reasons = misfits(row, case)
@@ -287,23 +279,19 @@ def paged_attention(
     _check_options(scale, window, soft_cap, metadata)
     num_kv_heads, head_dim = key.shape[1:]
     rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
-    laid_out_for = [row for row in rows if cache_block_size(row, kv, num_kv_heads, head_dim) is not None]
+    laid_out_for = [(row, found) for row in rows if (found := cache_block_size(row, kv, num_kv_heads, head_dim))]
     if not laid_out_for:
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", kv)
         raise ValueError(
             f"kv {shapes} is no layer cache of {' or '.join(row.name for row in rows)} for {num_kv_heads} heads of "
             f"{head_dim}: make it with KVLayout(..., implementation={rows[0].name!r}).init(num_blocks)"
         )
-    found = cache_block_size(laid_out_for[0], kv, num_kv_heads, head_dim)
-    assert found is not None
-    block_size, dtype = found
+    block_size, dtype = laid_out_for[0][1]
     if metadata.key_chunk_tokens % block_size:
         raise ValueError(
             f"key_chunk_tokens={metadata.key_chunk_tokens} must be a multiple of the block size {block_size}"
         )
     case = AttentionCase(
-        platform=target_platform(),
-        compute_capability=target_compute_capability(),
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,
@@ -313,6 +301,6 @@ def paged_attention(
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
     )
-    return _pick_among(laid_out_for, case).attend(
+    return _pick_among([row for row, _ in laid_out_for], case).attend(
         query, key, value, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick
-from pallas_kernels.paged_attention.platform import target_compute_capability, target_platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,6 @@ class KVLayout:
     def row(self) -> Implementation:
         """The implementation this layout is made for."""
         case = AttentionCase(
-            platform=target_platform(),
-            compute_capability=target_compute_capability(),
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_size=self.block_size,

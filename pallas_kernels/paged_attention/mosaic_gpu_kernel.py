@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.mosaic_gpu_layout import ROW_MULTIPLE, round_up
+from pallas_kernels.paged_attention.mosaic_gpu_layout import ROW_MULTIPLE
+from pallas_kernels.paged_attention.padding import round_up
 
 ROWS = 64
 """Query rows of a matrix instruction."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from pallas_kernels.paged_attention.padding import pad_to, round_up
+
 LANE_MULTIPLE = 16
 ROW_MULTIPLE = 8
 """Shared memory holds matrices as tiles of 8 rows; a block starts at a tile."""
@@ -21,11 +23,6 @@ MAX_GROUP = 64
 COMPUTE_CAPABILITY = "9.0"
 
 Cache = tuple[Array, Array]
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple that is not below `number`."""
-    return -(-number // multiple) * multiple
 
 
 def chunk_tokens(head_dim: int, has_soft_cap: bool = False) -> int:
@@ -47,8 +44,7 @@ def cache_shapes(
 
 def pad_lanes(array: Any, numpy: Any) -> Any:
     """`array` with zeros behind its last axis."""
-    padding = round_up(array.shape[-1], LANE_MULTIPLE) - array.shape[-1]
-    return numpy.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)]) if padding else array
+    return pad_to(array, -1, round_up(array.shape[-1], LANE_MULTIPLE), numpy)
 
 
 def pack(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,10 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     SUBLANES,
     LaneGroups,
     output_heads,
-    pad_to,
     query_rows,
-    round_up,
     write,
 )
+from pallas_kernels.paged_attention.padding import pad_to, round_up
 
 DECODE_CHUNK_BYTES = 2 * 2**20
 """Keys and values of one decode chunk; there are two buffers of it."""

@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.paged_attention.mosaic_tpu_layout import LANES, SUBLANES, round_up
+from pallas_kernels.paged_attention.mosaic_tpu_layout import LANES, SUBLANES
+from pallas_kernels.paged_attention.padding import round_up
 
 MASKED = -1e30
 """Score of a key that is not seen: finite, so that a difference of two of them is 0 and not NaN."""

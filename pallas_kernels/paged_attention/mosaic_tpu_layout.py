@@ -21,15 +21,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
+from pallas_kernels.paged_attention.padding import pad_to, round_up
+
 LANES, SUBLANES = 128, 8
 """The shape of a register of 32-bit numbers, and of a tile of an array of them."""
 MAX_BLOCK_BYTES = 8 * 2**20
 """Largest block: two of them, and as many operands made of them, must fit in vector memory."""
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple that is not below `number`."""
-    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,6 @@ def cache_shapes(
     if dtype == jnp.bfloat16:
         return jax.ShapeDtypeStruct((num_blocks, *row), jnp.uint32)
     return jax.ShapeDtypeStruct((num_blocks, 2, *row), dtype)
-
-
-def pad_to(array: Any, axis: int, size: int, numpy: Any) -> Any:
-    """`array` with zeros at the end of `axis`."""
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, size - array.shape[axis])
-    return numpy.pad(array, padding) if any(padding[axis]) else array
 
 
 def _to_lanes(heads: Any, groups: LaneGroups, numpy: Any) -> Any:
