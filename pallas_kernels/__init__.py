@@ -1,10 +1,11 @@
-"""Lives here: attention over a paged cache of keys and values, and copies of its blocks; arrays in, arrays out.
+"""Lives here: attention over a paged cache of keys and values, copies of its blocks, and linear layers' products.
 May import: jax, numpy, jaxtyping, and this package.
 Must never come in: jaxpaged, converters, flax; requests, schedulers, models; globals or environment variables.
 Read first: AttentionMetadata.
 """
 
 from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.linear.linear import linear, linear_misfit
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
@@ -18,6 +19,8 @@ __all__ = [
     "copy_blocks",
     "explain",
     "gather_blocks",
+    "linear",
+    "linear_misfit",
     "lowering_for",
     "make_metadata",
     "misfits",

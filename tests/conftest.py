@@ -24,15 +24,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # compiled before any test listens to stderr, where it says so; imported behind the hook above
-native_cpu = importlib.import_module("pallas_kernels.paged_attention.native_cpu")
-native_cpu.why_unavailable()
+native_library = importlib.import_module("pallas_kernels.native_library")
+for kernel in ("paged_attention.native_cpu", "linear.linear"):
+    native_library.why_unavailable(importlib.import_module(f"pallas_kernels.{kernel}").LIBRARY)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where no C++ compiler is installed, tests that are parametrized with the compiled kernel are skipped."""
-    if native_cpu.find_compiler() is not None:
+    if native_library.find_compiler() is not None:
         return
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

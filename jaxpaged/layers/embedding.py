@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.layers.linear import dot
+from pallas_kernels import linear
 
 
 class Embedding(nnx.Module):
@@ -20,4 +20,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float[Array, "rows vocab"]:
         """Return `hidden @ table.T` in float32: the table as the kernel of a linear layer."""
-        return dot(hidden, self.table[...])
+        return linear(hidden, self.table[...])

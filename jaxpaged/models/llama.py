@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpaged.layers.attention import Attention, AttentionFunction
 from jaxpaged.layers.embedding import Embedding
-from jaxpaged.layers.linear import Linear, dot
+from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.mlp import GatedMLP
 from jaxpaged.layers.norm import RMSNorm
 from jaxpaged.layers.rope import build_rope_table, rotary_angles
@@ -121,4 +121,4 @@ class LlamaForCausalLM(nnx.Module):
         """Return the float32 logits of the rows that need them."""
         if self.head is None:
             return self.embedding.logits(hidden)
-        return dot(hidden, self.head.kernel[...])
+        return self.head.sums(hidden)

@@ -1,19 +1,16 @@
 // Ragged paged attention for CPUs, called by XLA through its foreign function interface.
 //
-// Compiled on the machine it runs on (native_cpu.py), so vectors are the compiler's own vector types of 16 floats, which
+// Compiled on the machine it runs on (../native_library.py), so vectors are the compiler's own vector types of 16 floats, which
 // it maps to what the processor has. A work item is one tile (a decode is a tile of one token) and one key-value head.
 // Keys are met in turns of TURN positions that start at multiples of TURN, each key is one lane, and each sum runs in
 // the same order whatever the block size, the tile or the company: so the bits of a token's output depend on none of them.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "../native.h"
 
 namespace ffi = xla::ffi;
 
@@ -51,7 +48,7 @@ inline Vec load(const uint16_t* from) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec broadcast(float value) { return spread<Vec>(value, std::make_integer_sequence<int, LANES>{}); }
 
 inline float widen(float value) { return value; }
 
@@ -301,31 +298,6 @@ void attend(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64
     float* to = output + (row / group * shapes.num_q_heads + row % group) * dim;
     for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * scale;
   }
-}
-
-// Calls work(item) for each item from 0 to total - 1, on this thread and on XLA's others as they are free; returns when
-// all are done.
-template <typename Work>
-void parallel_for(ffi::ThreadPool& threads, int64_t total, Work work) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  // by value: a thread may come when all is done and the caller's frame is gone; then it reads `next` and `total` only
-  auto help = [progress, total, work]() {
-    int64_t item;
-    while ((item = progress->next.fetch_add(1)) < total) {
-      work(item);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), total) - 1;
-  for (int64_t i = 0; i < helpers; ++i) {
-    auto copy = help;
-    threads.Schedule(std::move(copy));
-  }
-  help();
-  while (progress->done.load(std::memory_order_acquire) < total) std::this_thread::yield();
 }
 
 using Ids = ffi::Buffer<ffi::S32>;

@@ -1,0 +1,73 @@
+"""inputs @ kernel.T in float32 sums: by XLA, or on CPUs by a compiled kernel that few rows gain from.
+
+XLA's CPU matmuls of 2 to 64 float32 rows, which decoding is made of, run at a third of what memory and multipliers
+allow (README, decision 11); `native_cpu.cc` comes near.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import native_library
+from pallas_kernels.native_library import NativeLibrary
+from pallas_kernels.paged_attention.platform import target_platform
+
+IMPLEMENTATIONS = ("native_cpu", "xla")
+"""By preference."""
+SYMBOL = "linear_float32"
+LIBRARY = NativeLibrary(Path(__file__).with_name("native_cpu.cc"), (SYMBOL,))
+
+
+def _xla(inputs: Array, kernel: Array) -> Array:
+    return jax.lax.dot_general(inputs, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_jvp
+def _native_cpu(inputs: Array, kernel: Array) -> Array:
+    result = jax.ShapeDtypeStruct((inputs.shape[0], kernel.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(LIBRARY.target(SYMBOL), result, vmap_method="sequential")(inputs, kernel)
+
+
+@_native_cpu.defjvp
+def _native_cpu_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    inputs, kernel = primals
+    return _native_cpu(inputs, kernel), _xla(tangents[0], kernel) + _xla(inputs, tangents[1])
+
+
+def linear_misfit(implementation: str, dtype: str) -> str | None:
+    """Why an implementation cannot do arrays of `dtype` on the target platform, or None where it can.
+
+    Raises ValueError for a name that is not in IMPLEMENTATIONS.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "xla":
+        return None
+    if target_platform() != "cpu":
+        return f"runs on cpu only, and this is {target_platform()}"
+    if dtype != "float32":
+        return f"is for float32 only, and these are {dtype} (XLA is faster there)"
+    return native_library.why_unavailable(LIBRARY)
+
+
+def linear(
+    inputs: Float[Array, "rows in_dim"], kernel: Float[Array, "out_dim in_dim"], *, implementation: str | None = None
+) -> Float[Array, "rows out_dim"]:
+    """Return `inputs @ kernel.T` in float32, by the first of IMPLEMENTATIONS that fits, or by the one that is named.
+
+    Differentiable in both. Raises ValueError for two dtypes, unequal in_dim, and an implementation that does not fit.
+    """
+    if inputs.dtype != kernel.dtype:
+        raise ValueError(f"inputs are {inputs.dtype} and the kernel is {kernel.dtype}: cast one of them")
+    if inputs.ndim != 2 or kernel.ndim != 2 or inputs.shape[1] != kernel.shape[1]:
+        raise ValueError(
+            f"inputs {inputs.shape} and kernel {kernel.shape} do not fit: [rows, in_dim] and [out_dim, in_dim] do"
+        )
+    dtype = str(inputs.dtype)
+    if implementation is None:
+        implementation = next(name for name in IMPLEMENTATIONS if linear_misfit(name, dtype) is None)
+    elif (reason := linear_misfit(implementation, dtype)) is not None:
+        raise ValueError(f"{implementation} {reason}: use implementation='xla'")
+    return _native_cpu(inputs, kernel) if implementation == "native_cpu" else _xla(inputs, kernel)

@@ -1,0 +1,144 @@
+"""Products of linear layers: both implementations against float64, their derivatives, and whose rows are whose."""
+
+import importlib
+import platform
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import linear, linear_misfit, lowering_for, native_library
+from pallas_kernels.linear.linear import LIBRARY
+
+IMPLEMENTATIONS = ["native_cpu", "xla"]
+ROWS = (1, 2, 3, 4, 5, 8, 11, 16, 17, 31, 33, 48, 64, 65, 100, 150)
+"""All loops, with all numbers of vectors, full and not."""
+
+needs_compiler = pytest.mark.skipif(native_library.find_compiler() is None, reason="no C++ compiler is installed")
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def check(inputs: np.ndarray, kernel: np.ndarray, implementation: str) -> None:
+    result = jax.jit(partial(linear, implementation=implementation))(inputs, kernel)
+    assert result.dtype == jnp.float32
+    exact = inputs.astype(np.float64) @ kernel.astype(np.float64).T
+    # each sum may lose a rounding per term in the worst order; a random walk of them loses far less
+    bound = 4 * np.finfo(np.float32).eps * (np.abs(inputs) @ np.abs(kernel).T) + 1e-30
+    assert (np.abs(np.asarray(result) - exact) <= bound).all(), (inputs.shape, kernel.shape)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_it_is_the_product(rows: int, implementation: str) -> None:
+    for out_dim, in_dim in ((1, 1), (5, 7), (24, 16), (64, 172), (100, 288), (770, 1100)):
+        check(random(rows, in_dim), random(out_dim, in_dim, seed=1), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_hand_worked_numbers(implementation: str) -> None:
+    inputs = np.array([[1, 2, 3], [-1, 0, 0.5]], np.float32)
+    kernel = np.array([[1, 0, 0], [1, 1, 1]], np.float32)
+    result = linear(inputs, kernel, implementation=implementation)
+    np.testing.assert_array_equal(result, [[1, 6], [-1, -0.5]])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 5, 0)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_in_is_nothing_or_zeros_out(shape: tuple[int, int, int], implementation: str) -> None:
+    rows, out_dim, in_dim = shape
+    result = linear(jnp.ones((rows, in_dim)), jnp.ones((out_dim, in_dim)), implementation=implementation)
+    np.testing.assert_array_equal(result, np.zeros((rows, out_dim)))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("fewest", "most"), [(1, 16), (17, 150)])
+def test_bits_depend_neither_on_the_row_nor_on_how_many_there_are(fewest: int, most: int) -> None:
+    kernel = random(100, 700, seed=1)
+    inputs = random(most, 700)
+    run = jax.jit(partial(linear, implementation="native_cpu"))
+    whole = np.asarray(run(inputs, kernel))
+    for rows in (fewest, fewest + 1, (fewest + most) // 2, most - 1):
+        np.testing.assert_array_equal(run(inputs[most - rows :], kernel), whole[most - rows :])
+    for columns in (1, 30, 99):
+        np.testing.assert_array_equal(run(inputs, kernel[:columns]), whole[:, :columns])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_what_is_not_finite_stays_in_its_row_and_column(rows: int, implementation: str) -> None:
+    inputs, kernel = random(rows, 50), random(40, 50, seed=1)
+    clean = np.asarray(linear(inputs, kernel, implementation=implementation))
+    inputs[1, 49], kernel[39, 49] = np.nan, np.inf
+    spoilt = np.asarray(linear(inputs, kernel, implementation=implementation))
+    assert np.isnan(spoilt[1]).all()
+    assert not np.isfinite(spoilt[:, 39]).any()
+    others = np.ix_([0, *range(2, rows)], range(39))
+    np.testing.assert_array_equal(spoilt[others], clean[others])
+
+
+@needs_compiler
+def test_derivatives_and_batches_are_those_of_xla() -> None:
+    inputs, kernel, weights = random(6, 20), random(9, 20, seed=1), random(6, 9, seed=2)
+
+    def loss(implementation: str, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        return (jnp.tanh(linear(inputs, kernel, implementation=implementation)) * weights).sum()
+
+    for transform in (jax.grad, jax.jacfwd):
+        ours, theirs = (
+            jax.jit(transform(partial(loss, implementation), argnums=(0, 1)))(inputs, kernel)
+            for implementation in IMPLEMENTATIONS
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, theirs)
+    many = jax.vmap(partial(linear, implementation="native_cpu"), in_axes=(0, None))(inputs[:, None], kernel)
+    np.testing.assert_allclose(many[:, 0], linear(inputs, kernel, implementation="xla"), rtol=1e-5, atol=1e-5)
+
+
+def test_the_rule_that_picks() -> None:
+    assert linear_misfit("xla", "bfloat16") is None
+    assert "float32 only" in (linear_misfit("native_cpu", "bfloat16") or "")
+    with lowering_for("tpu", "TPU v5 lite"):
+        assert "runs on cpu only, and this is tpu" in (linear_misfit("native_cpu", "float32") or "")
+    rounded = linear(jnp.ones((2, 4), jnp.bfloat16), jnp.full((3, 4), 0.5, jnp.bfloat16))
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_array_equal(rounded, np.full((2, 3), 2.0))
+
+
+@needs_compiler
+def test_float32_on_a_cpu_is_for_the_compiled_one() -> None:
+    text = jax.jit(linear).lower(jnp.ones((2, 4)), jnp.ones((3, 4))).as_text()
+    assert LIBRARY.target("linear_float32") in text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "options", "message"),
+    [
+        (jnp.ones((2, 4)), jnp.ones((3, 4), jnp.bfloat16), {}, "inputs are float32 and the kernel is bfloat16"),
+        (jnp.ones((2, 4)), jnp.ones((4, 3)), {}, r"inputs \(2, 4\) and kernel \(4, 3\) do not fit"),
+        (jnp.ones(4), jnp.ones((3, 4)), {}, r"inputs \(4,\) and kernel \(3, 4\) do not fit"),
+        (jnp.ones((2, 4)), jnp.ones((3, 4)), {"implementation": "mkl"}, "'mkl' is unknown: use one of native_cpu, xla"),
+    ],
+)
+def test_bad_arguments_are_named(inputs, kernel, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear(inputs, kernel, **options)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
+@pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64"])
+def test_it_is_right_when_compiled_for_an_older_processor(monkeypatch, tmp_path, machine: str) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(native_library, "MACHINE_FLAGS", (f"-march={machine}",))
+    module = importlib.import_module("pallas_kernels.linear.linear")  # the function has the name of its folder
+    monkeypatch.setattr(module, "LIBRARY", replace(LIBRARY, prefix=f"{machine}."))
+    for rows in ROWS:
+        for out_dim, in_dim in ((5, 7), (100, 288), (130, 1100)):
+            check(random(rows, in_dim), random(out_dim, in_dim, seed=1), "native_cpu")
