@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 SMALL = 64
 """Up to this many tokens a bucket has as many logit rows as tokens; above it, logit rows come in two sizes."""
+MIN_MIDDLE = 24
+"""The least size half-way between two powers of two."""
 
 
 @dataclass(frozen=True, order=True)
@@ -63,11 +65,17 @@ class Buckets:
 
 
 def make_buckets(
-    *, max_num_batched_tokens: int, max_num_seqs: int, min_num_tokens: int = 1, is_single: bool = False
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    min_num_tokens: int = 1,
+    has_middles: bool = False,
+    is_single: bool = False,
 ) -> Buckets:
     """Powers of two from `min_num_tokens` to `max_num_batched_tokens`; one bucket only if `is_single`.
 
-    `min_num_tokens` is 2 where a one-row matmul is slow (16-bit weights on CPU).
+    `min_num_tokens` is 2 where a one-row matmul is slow (16-bit weights on CPU). `has_middles` adds the sizes half-way
+    between, from MIN_MIDDLE on: for devices whose steps take time by the token rather than by the weights they read.
     """
     most_logits = min(max_num_batched_tokens, max(max_num_seqs, SMALL))
     if is_single:
@@ -77,6 +85,9 @@ def make_buckets(
     size = min(min_num_tokens, max_num_batched_tokens)
     while size < max_num_batched_tokens:
         sizes.append(size)
+        middle = size + size // 2
+        if has_middles and MIN_MIDDLE <= middle < max_num_batched_tokens:
+            sizes.append(middle)
         size *= 2
     sizes.append(max_num_batched_tokens)
     found = set()

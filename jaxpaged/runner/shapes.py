@@ -51,12 +51,13 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
             f"least max_model_len ({max_model_len})"
         )
     is_invariant = engine_config.batch_invariant
-    slow_single_rows = target_platform() == "cpu" and dtype != "float32"
+    is_cpu = target_platform() == "cpu"
     return RunnerShapes(
         buckets=make_buckets(
             max_num_batched_tokens=engine_config.max_num_batched_tokens,
             max_num_seqs=engine_config.max_num_seqs,
-            min_num_tokens=2 if slow_single_rows else 1,
+            min_num_tokens=2 if is_cpu and dtype != "float32" else 1,
+            has_middles=is_cpu,
             is_single=is_invariant,
         ),
         attending=Attending(

@@ -55,3 +55,9 @@ def test_the_invariant_list_is_one_bucket():
 
 def test_sixteen_bit_weights_on_cpu_never_meet_a_single_row():
     assert make_buckets(max_num_batched_tokens=8, max_num_seqs=8, min_num_tokens=2).all[0] == Bucket(2, 2, 2)
+
+
+def test_where_tokens_take_time_there_are_sizes_half_way_between():
+    fine = make_buckets(max_num_batched_tokens=200, max_num_seqs=64, has_middles=True)
+    assert [bucket.num_tokens for bucket in fine.all] == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
+    assert fine.pick(40, 40, 40) == Bucket(48, 48, 48)
