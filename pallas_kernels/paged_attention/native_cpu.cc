@@ -24,6 +24,7 @@ constexpr int VECTORS = 4;  // vectors of keys, or of a value, in registers per 
 #else
 constexpr int VECTORS = 1;  // 16 registers of 8 lanes or fewer hold no more
 #endif
+constexpr int64_t ITEMS_PER_THREAD = 8;
 constexpr float MASKED = -1e30f;
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -76,14 +77,37 @@ inline Vec exponential(Vec x) {
 
 inline float exponential(float x) { return exponential(broadcast(x))[0]; }
 
-// Scores of R rows and V vectors of keys: keys[v] + d * stride is element d of 16 keys.
-template <int R, int V, typename K>
-inline void score(const float* const* query, const K* const* keys, int64_t stride, int64_t head_dim, int first_vector,
-                  float* const* scores) {
+// All lanes combined by halves: always the same pairs, so always the same bits.
+template <typename Combine>
+inline float fold(Vec value, Combine combine) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// TURN keys of one key-value head where they lie; only those from `first` to `last` are there, the others repeat them.
+template <typename T>
+struct Turn {
+  int64_t position;  // of key 0
+  int first, last;
+  const T* keys[TURN / LANES];  // element d of LANES keys is at + d * stride
+  int64_t stride;
+  const T* values[TURN];
+};
+
+// Scores of R rows and V vectors of keys. With FETCH, the same vectors of `coming` are fetched meanwhile.
+template <int R, int V, bool FETCH, typename K, typename T>
+inline void score(const float* const* query, const Turn<K>& turn, const Turn<T>* coming, int64_t head_dim,
+                  int first_vector, float* const* scores) {
   Vec sums[R][V] = {};
   for (int64_t d = 0; d < head_dim; ++d) {
     Vec key[V];
-    for (int v = 0; v < V; ++v) key[v] = load(keys[first_vector + v] + d * stride);
+    for (int v = 0; v < V; ++v) {
+      key[v] = load(turn.keys[first_vector + v] + d * turn.stride);
+      if (FETCH) __builtin_prefetch(coming->keys[first_vector + v] + d * coming->stride, 0, 2);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec element = broadcast(query[r][d]);
       for (int v = 0; v < V; ++v) sums[r][v] += element * key[v];
@@ -94,15 +118,18 @@ inline void score(const float* const* query, const K* const* keys, int64_t strid
 }
 
 // weighted[r] = weighted[r] * shrink[r] + sum over keys of weights[r][key] * values[key], elements d to d + V * LANES.
-template <int R, int V, typename U>
-inline void weigh(const float* const* weights, const U* const* values, int first, int last, const float* shrink,
+template <int R, int V, bool FETCH, typename U, typename T>
+inline void weigh(const float* const* weights, const Turn<U>& turn, const Turn<T>* coming, const float* shrink,
                   int64_t d, float* const* weighted) {
   Vec sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r][v] = load(weighted[r] + d + v * LANES) * shrink[r];
-  for (int key = first; key < last; ++key) {
+  for (int key = turn.first; key < turn.last; ++key) {
     Vec value[V];
-    for (int v = 0; v < V; ++v) value[v] = load(values[key] + d + v * LANES);
+    for (int v = 0; v < V; ++v) {
+      value[v] = load(turn.values[key] + d + v * LANES);
+      if (FETCH) __builtin_prefetch(coming->values[key] + d + v * LANES, 0, 2);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec weight = broadcast(weights[r][key]);
       for (int v = 0; v < V; ++v) sums[r][v] += weight * value[v];
@@ -130,6 +157,10 @@ struct Cache {
 struct Tile {
   const int32_t* table;            // of its sequence
   int64_t first_position, length;  // of its tokens
+  int64_t end() const { return first_position + length; }
+  int64_t begin(const Shapes& shapes) const {  // the first key that any of them sees
+    return shapes.window ? std::max<int64_t>(first_position - shapes.window + 1, 0) : 0;
+  }
 };
 
 // What one thread needs beside its registers, kept between calls.
@@ -137,19 +168,26 @@ struct Scratch {
   std::vector<float> weighted, highest, total, scores, keys, values;
 };
 
-// TURN keys as the inner loops read them; only those from `first` to `last` are there.
-template <typename K, typename U>
-struct Turn {
-  int64_t position;  // of key 0
-  int first, last;
-  const K* keys[TURN / LANES];
-  int64_t stride;
-  const U* values[TURN];
-};
+// Calls work with the number of rows and whether to fetch as constants.
+template <typename Work>
+inline void for_rows(int rows, bool fetches, Work work) {
+  auto with = [&](auto constant) {
+    if (fetches) work(constant, std::true_type{});
+    else work(constant, std::false_type{});
+  };
+  switch (rows) {
+    case 1: return with(std::integral_constant<int, 1>{});
+    case 2: return with(std::integral_constant<int, 2>{});
+    case 3: return with(std::integral_constant<int, 3>{});
+    default: return with(std::integral_constant<int, ROWS>{});
+  }
+}
 
-// Brings all rows of a tile (rows are token after token, query heads of the key-value head within) past a turn's keys.
-template <typename K, typename U>
-void take(const Shapes& shapes, const Tile& tile, const Turn<K, U>& turn, const float* query, Scratch& scratch) {
+// Brings all rows of a tile (rows are token after token, query heads of the key-value head within) past a turn's keys
+// and values, which are of one turn, and fetches `coming` meanwhile, if that is not null.
+template <typename K, typename U, typename T>
+void take(const Shapes& shapes, const Tile& tile, const Turn<K>& turn, const Turn<U>& values, const Turn<T>* coming,
+          const float* query, Scratch& scratch) {
   const int64_t group = shapes.group(), padded = shapes.padded_dim(), num_rows = tile.length * group;
   const int num_vectors = (turn.last + LANES - 1) / LANES;
   auto position = [&](int64_t row) { return tile.first_position + row / group; };
@@ -164,12 +202,12 @@ void take(const Shapes& shapes, const Tile& tile, const Turn<K, U>& turn, const 
       scores[r] = scratch.scores.data() + r * TURN;
       weighted[r] = scratch.weighted.data() + (row + r) * padded;
     }
-    for (int v = 0; v < num_vectors; v += VECTORS) switch (used) {
-        case 1: score<1, VECTORS>(queries, turn.keys, turn.stride, shapes.head_dim, v, scores); break;
-        case 2: score<2, VECTORS>(queries, turn.keys, turn.stride, shapes.head_dim, v, scores); break;
-        case 3: score<3, VECTORS>(queries, turn.keys, turn.stride, shapes.head_dim, v, scores); break;
-        default: score<4, VECTORS>(queries, turn.keys, turn.stride, shapes.head_dim, v, scores);
-      }
+    const Turn<T>* fetched = coming;  // by the first rows
+    coming = nullptr;
+    for_rows(used, fetched != nullptr, [&](auto rows, auto fetch) {
+      for (int v = 0; v < num_vectors; v += VECTORS)
+        score<rows(), VECTORS, fetch()>(queries, turn, fetched, shapes.head_dim, v, scores);
+    });
     for (int r = 0; r < used; ++r) {
       const int64_t at = position(row + r) - turn.position;
       const int64_t lowest = shapes.window ? at - shapes.window + 1 : 0;
@@ -186,8 +224,7 @@ void take(const Shapes& shapes, const Tile& tile, const Turn<K, U>& turn, const 
         top = seen > top ? seen : top;
       }
       const float before = scratch.highest[row + r];
-      float highest = before;
-      for (int i = 0; i < LANES; ++i) highest = top[i] > highest ? top[i] : highest;
+      const float highest = std::max(before, fold(top, [](float a, float b) { return a > b ? a : b; }));
       shrink[r] = before == highest ? 1.0f : exponential(before - highest);
       Vec sum = {};
       for (int v = 0; v < num_vectors; ++v) {
@@ -195,71 +232,77 @@ void take(const Shapes& shapes, const Tile& tile, const Turn<K, U>& turn, const 
         store(scores[r] + v * LANES, weight);
         sum += weight;
       }
-      float total = 0.0f;
-      for (int i = 0; i < LANES; ++i) total += sum[i];
       scratch.highest[row + r] = highest;
-      scratch.total[row + r] = scratch.total[row + r] * shrink[r] + total;
+      scratch.total[row + r] = scratch.total[row + r] * shrink[r] + fold(sum, [](float a, float b) { return a + b; });
     }
-    auto weigh_rows = [&](auto rows, auto vectors, int64_t d) {
-      weigh<rows(), vectors()>(scores, turn.values, turn.first, turn.last, shrink, d, weighted);
-    };
-    auto weigh_vectors = [&](auto vectors, int64_t d) {
-      switch (used) {
-        case 1: weigh_rows(std::integral_constant<int, 1>{}, vectors, d); break;
-        case 2: weigh_rows(std::integral_constant<int, 2>{}, vectors, d); break;
-        case 3: weigh_rows(std::integral_constant<int, 3>{}, vectors, d); break;
-        default: weigh_rows(std::integral_constant<int, 4>{}, vectors, d);
-      }
-    };
-    int64_t d = 0;
-    for (; d + VECTORS * LANES <= padded; d += VECTORS * LANES) weigh_vectors(std::integral_constant<int, VECTORS>{}, d);
-    for (; d < padded; d += LANES) weigh_vectors(std::integral_constant<int, 1>{}, d);
+    for_rows(used, fetched != nullptr, [&](auto rows, auto fetch) {
+      int64_t d = 0;
+      for (; d + VECTORS * LANES <= padded; d += VECTORS * LANES)
+        weigh<rows(), VECTORS, fetch()>(scores, values, fetched, shrink, d, weighted);
+      for (; d < padded; d += LANES) weigh<rows(), 1, fetch()>(scores, values, fetched, shrink, d, weighted);
+    });
   }
 }
 
-// One tile and one key-value head. query and output point at the tile's first token and the head's first query head.
+// Where a head's part of a sequence's block begins, for keys and for values.
+inline int64_t slab(const Shapes& shapes, const Tile& tile, int64_t head, int64_t index) {
+  int64_t block = tile.table[index];
+  block = block < 0 || block >= shapes.num_blocks ? 0 : block;
+  return (block * shapes.num_kv_heads + head) * shapes.head_dim * shapes.block_size;
+}
+
+// The keys and values of a head, from the sequence's first that somebody sees; block by block, as a division a key is slow.
 template <typename T>
-void attend(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64_t head, const float* query,
-            const float* sinks, float* output, Scratch& scratch) {
+Turn<T> find_turn(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64_t head, int64_t position) {
+  const int64_t dim = shapes.head_dim, block_size = shapes.block_size;
+  Turn<T> turn;
+  turn.position = position;
+  turn.first = static_cast<int>(std::max<int64_t>(tile.begin(shapes) - position, 0));
+  turn.last = static_cast<int>(std::min<int64_t>(tile.end() - position, TURN));
+  turn.stride = block_size;
+  int64_t index = (position + turn.first) / block_size, offset = (position + turn.first) % block_size;
+  const T* values = cache.values + slab(shapes, tile, head, index) + offset * dim;
+  std::fill(turn.values, turn.values + turn.first, values);
+  for (int key = turn.first; key < turn.last; ++key, ++offset) {
+    if (offset == block_size) values = cache.values + slab(shapes, tile, head, ++index), offset = 0;
+    turn.values[key] = values;
+    values += dim;
+  }
+  std::fill(turn.values + turn.last, turn.values + TURN, turn.values[turn.last - 1]);
+  for (int v = 0; v < TURN / LANES; ++v) {
+    // a vector before the first key or behind the last repeats one that is there; it will be masked
+    const int key = std::clamp(v * LANES, turn.first / LANES * LANES, (turn.last - 1) / LANES * LANES);
+    turn.keys[v] = cache.keys + slab(shapes, tile, head, (position + key) / block_size) + (position + key) % block_size;
+  }
+  return turn;
+}
+
+// One tile and one key-value head. query and output point at the tile's first token and the head's first query head;
+// `turn` is the head's first, and becomes that of the next head, if there is one.
+template <typename T>
+void attend(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64_t head, bool has_next, Turn<T>& turn,
+            const float* query, const float* sinks, float* output, Scratch& scratch) {
   const int64_t dim = shapes.head_dim, padded = shapes.padded_dim(), block_size = shapes.block_size;
   const int64_t group = shapes.group(), num_rows = tile.length * group;
-  const int64_t end = tile.first_position + tile.length;
-  const int64_t begin = shapes.window ? std::max<int64_t>(tile.first_position - shapes.window + 1, 0) : 0;
   const bool packs_keys = block_size < LANES, packs_values = padded != dim;
   scratch.weighted.assign(num_rows * padded, 0.0f);
   scratch.highest.assign(num_rows, MASKED);
   scratch.total.assign(num_rows, 0.0f);
   scratch.scores.resize(ROWS * TURN);
 
-  auto slab = [&](int64_t position) {  // where the head's part of a position's block begins
-    int64_t block = tile.table[position / block_size];
-    block = block < 0 || block >= shapes.num_blocks ? 0 : block;
-    return (block * shapes.num_kv_heads + head) * dim * block_size;
-  };
-  for (int64_t position = begin / TURN * TURN; position < end; position += TURN) {
-    Turn<T, T> turn = {position, static_cast<int>(std::max<int64_t>(begin - position, 0)),
-                       static_cast<int>(std::min<int64_t>(end - position, TURN)), {}, block_size, {}};
-    for (int key = turn.first; key < turn.last; ++key)
-      turn.values[key] = cache.values + slab(position + key) + (position + key) % block_size * dim;
-    for (int v = 0; v < TURN / LANES && !packs_keys; ++v) {
-      // a vector before the first key or behind the last repeats one that is there; it will be masked
-      const int key = std::clamp(v * LANES, turn.first / LANES * LANES, (turn.last - 1) / LANES * LANES);
-      turn.keys[v] = cache.keys + slab(position + key) + (position + key) % block_size;
-    }
-    // the next turn's blocks come nearer while this one is computed: they lie anywhere, so no prefetcher finds them
-    for (int64_t at = position + TURN; at < std::min(position + 2 * TURN, end) && block_size <= TURN; at += block_size) {
-      const char* keys = reinterpret_cast<const char*>(cache.keys + slab(at));
-      const char* values = reinterpret_cast<const char*>(cache.values + slab(at));
-      for (int64_t byte = 0; byte < block_size * dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
-        __builtin_prefetch(keys + byte, 0, 2);
-        __builtin_prefetch(values + byte, 0, 2);
-      }
-    }
-    Turn<float, float> packed = {position, turn.first, turn.last, {}, TURN, {}};
+  for (bool is_last = false; !is_last;) {
+    Turn<T> coming;
+    is_last = turn.position + TURN >= tile.end();
+    if (!is_last) coming = find_turn(shapes, cache, tile, head, turn.position + TURN);
+    else if (has_next) coming = find_turn(shapes, cache, tile, head + 1, tile.begin(shapes) / TURN * TURN);
+    // what comes is fetched while this turn is computed: blocks lie anywhere, so no prefetcher finds them
+    const Turn<T>* fetched = is_last && !has_next ? nullptr : &coming;
+    Turn<float> packed = {turn.position, turn.first, turn.last, {}, TURN, {}};
     if (packs_keys) {  // blocks of fewer keys than lanes, brought together as [head_dim, TURN]
       scratch.keys.assign(dim * TURN, 0.0f);
       for (int key = turn.first; key < turn.last; ++key) {
-        const T* from = cache.keys + slab(position + key) + (position + key) % block_size;
+        const int64_t index = (turn.position + key) / block_size;
+        const T* from = cache.keys + slab(shapes, tile, head, index) + (turn.position + key) % block_size;
         for (int64_t d = 0; d < dim; ++d) scratch.keys[d * TURN + key] = widen(from[d * block_size]);
       }
       for (int v = 0; v < TURN / LANES; ++v) packed.keys[v] = scratch.keys.data() + v * LANES;
@@ -272,17 +315,11 @@ void attend(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64
         packed.values[key] = to;
       }
     }
-    auto take_both = [&](const auto& keys, const auto& values) {
-      Turn<std::decay_t<decltype(*keys.keys[0])>, std::decay_t<decltype(*values.values[0])>> mixed = {
-          position, turn.first, turn.last, {}, keys.stride, {}};
-      std::copy(std::begin(keys.keys), std::end(keys.keys), mixed.keys);
-      std::copy(std::begin(values.values), std::end(values.values), mixed.values);
-      take(shapes, tile, mixed, query, scratch);
-    };
-    if (packs_keys && packs_values) take(shapes, tile, packed, query, scratch);
-    else if (packs_keys) take_both(packed, turn);
-    else if (packs_values) take_both(turn, packed);
-    else take(shapes, tile, turn, query, scratch);
+    if (packs_keys && packs_values) take(shapes, tile, packed, packed, fetched, query, scratch);
+    else if (packs_keys) take(shapes, tile, packed, turn, fetched, query, scratch);
+    else if (packs_values) take(shapes, tile, turn, packed, fetched, query, scratch);
+    else take(shapes, tile, turn, turn, fetched, query, scratch);
+    if (fetched) turn = coming;
   }
 
   for (int64_t row = 0; row < num_rows; ++row) {
@@ -324,9 +361,12 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> query, ffi::Buffer
   const int64_t tiles = num_tiles.typed_data()[0], decodes = num_decodes.typed_data()[0];
   const int64_t heads = shapes.num_kv_heads;
 
-  parallel_for(threads, (tiles + decodes) * heads, [=](int64_t item) {
+  // an item goes on from head to head, as what comes is known then; where items are few, a head is one
+  const int64_t heads_per_item = tiles + decodes >= ITEMS_PER_THREAD * threads.num_threads() ? heads : 1;
+  const int64_t items_per_tile = heads / heads_per_item;
+  parallel_for(threads, (tiles + decodes) * items_per_tile, [=](int64_t item) {
     static thread_local Scratch scratch;
-    const int64_t index = item / heads, head = item % heads;
+    const int64_t index = item / items_per_tile, first_head = item % items_per_tile * heads_per_item;
     int64_t sequence, token;
     Tile tile;
     if (index < tiles) {  // they take longer, so they go first
@@ -337,8 +377,13 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> query, ffi::Buffer
       tile.first_position = contexts[sequence] - 1;
     }
     tile.table = tables + sequence * shapes.blocks_per_seq;
-    const int64_t offset = (token * shapes.num_q_heads + head * shapes.group()) * shapes.head_dim;
-    if (tile.length) attend(shapes, cache, tile, head, queries + offset, sink_scores, outputs + offset, scratch);
+    if (!tile.length) return;
+    Turn<T> turn = find_turn(shapes, cache, tile, first_head, tile.begin(shapes) / TURN * TURN);
+    for (int64_t head = first_head; head < first_head + heads_per_item; ++head) {
+      const int64_t offset = (token * shapes.num_q_heads + head * shapes.group()) * shapes.head_dim;
+      const bool has_next = head + 1 < first_head + heads_per_item;
+      attend(shapes, cache, tile, head, has_next, turn, queries + offset, sink_scores, outputs + offset, scratch);
+    }
   });
   return ffi::Error::Success();
 }
