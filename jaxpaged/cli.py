@@ -316,6 +316,8 @@ def _info(options: argparse.Namespace, started: float) -> int:
     print(f"models        {', '.join(sorted(MODELS))}")
     print("attention kernels:")
     print(pallas_kernels.explain())
+    reason = pallas_kernels.linear_misfit("native_cpu", "float32")
+    print(f"linear layers in float32: {'native_cpu' if reason is None else f'xla (native_cpu {reason})'}")
     return 0
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 SMALL = 64
 """Up to this many tokens a bucket has as many logit rows as tokens; above it, logit rows come in two sizes."""
-MIN_MIDDLE = 24
+MIN_MIDDLE = 12
 """The least size half-way between two powers of two."""
 
 

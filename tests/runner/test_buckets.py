@@ -59,5 +59,5 @@ def test_sixteen_bit_weights_on_cpu_never_meet_a_single_row():
 
 def test_where_tokens_take_time_there_are_sizes_half_way_between():
     fine = make_buckets(max_num_batched_tokens=200, max_num_seqs=64, has_middles=True)
-    assert [bucket.num_tokens for bucket in fine.all] == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
+    assert [bucket.num_tokens for bucket in fine.all] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200]
     assert fine.pick(40, 40, 40) == Bucket(48, 48, 48)
