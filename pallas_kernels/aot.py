@@ -75,21 +75,29 @@ def compile_for_tpu(
 
 
 def compile_for_h200(
-    function: Callable[..., Any], *shapes: Any, donate: int | Sequence[int] = ()
+    function: Callable[..., Any],
+    *shapes: Any,
+    donate: int | Sequence[int] = (),
+    compiler_options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """The same for an H200. Where XLA would try variants on the device, it takes its first choice.
 
-    Raises RuntimeError where the CUDA plugin is missing or does not fit jax, and whatever the compiler raises.
+    `compiler_options` are XLA's: `{"xla_dump_to": folder}` writes what it made, the list of launches among it. Raises RuntimeError where the CUDA plugin is missing or does not fit jax, and whatever the compiler raises.
     """
     missing = missing_for_h200()
     if missing is not None:
         raise RuntimeError(missing)
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    return _compile(function, shapes, topology, "cuda", donate)
+    return _compile(function, shapes, topology, "cuda", donate, compiler_options)
 
 
 def _compile(
-    function: Callable[..., Any], shapes: Any, topology: Any, platform: str, donate: int | Sequence[int]
+    function: Callable[..., Any],
+    shapes: Any,
+    topology: Any,
+    platform: str,
+    donate: int | Sequence[int],
+    compiler_options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     device = topology.devices[0]
     sharding = SingleDeviceSharding(device)
@@ -97,4 +105,4 @@ def _compile(
     with lowering_for(platform, device.device_kind), warnings.catch_warnings():
         # without a device, jax cannot load such a program from its persistent cache: it says so and compiles again
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-        return jitted.trace(*shapes).lower(lowering_platforms=(platform,)).compile()
+        return jitted.trace(*shapes).lower(lowering_platforms=(platform,)).compile(compiler_options)
