@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, unit, series in (("decode", "sequences", decode_ms), ("prefill", "tokens", prefill_ms)):
         result[f"{name}_ms"] = {str(num): [round(ms, 2) for ms in times[1:]] for num, times in series.items()}
         for num, times in series.items():
-            print(f"{name:>7} {num:>5} {unit}: {statistics.median(times[1:]):8.1f} ms a step (least {min(times[1:]):.1f})")
+            median, least = statistics.median(times[1:]), min(times[1:])
+            print(f"{name:>7} {num:>5} {unit}: {median:8.1f} ms a step (least {least:.1f})")
     write_result(result, options.output)
     return 0
 

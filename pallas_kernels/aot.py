@@ -82,7 +82,8 @@ def compile_for_h200(
 ) -> jax.stages.Compiled:
     """The same for an H200. Where XLA would try variants on the device, it takes its first choice.
 
-    `compiler_options` are XLA's: `{"xla_dump_to": folder}` writes what it made, the list of launches among it. Raises RuntimeError where the CUDA plugin is missing or does not fit jax, and whatever the compiler raises.
+    `compiler_options` are XLA's: `{"xla_dump_to": folder}` writes what it made, the list of launches among it. Raises
+    RuntimeError where the CUDA plugin is missing or does not fit jax, and whatever the compiler raises.
     """
     missing = missing_for_h200()
     if missing is not None:

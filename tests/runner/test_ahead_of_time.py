@@ -1,4 +1,4 @@
-"""The whole step of an 8B Llama, compiled for a TPU or an H200 that is not here: the cache in place, little else allocated."""
+"""The whole step of an 8B Llama, compiled for a TPU or an H200 that is not here: its cache in place, little else."""
 
 import os
 import re
