@@ -2,7 +2,8 @@
 
 `TARGETS` is what tests of the op loop over. TPU kernels run natively on a TPU; elsewhere jax's TPU interpreter runs
 them, with its memory poisoned by NaN, its bounds checked and its races detected. Hopper kernels run natively on a GPU,
-elsewhere in jax's GPU interpreter.
+elsewhere in jax's GPU interpreter. Triton kernels run natively on a GPU, elsewhere as the plain XLA that Pallas makes
+of a kernel, one program after the other.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import IMPLEMENTATIONS, KVLayout, lowering_for, paged_attention
 from pallas_kernels.cases import Batch, BatchCase, make_batch, with_options
-from pallas_kernels.paged_attention import mosaic_gpu
+from pallas_kernels.paged_attention import mosaic_gpu, triton_gpu
+from pallas_kernels.paged_attention.triton_gpu_kernel import Launch
 
 
 @contextlib.contextmanager
@@ -66,6 +68,20 @@ def gpu_interpreter() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def triton_interpreter() -> Iterator[None]:
+    """A context in which programs are made for an H200 and Triton kernels are interpreted: outputs begin as NaN.
+
+    Decodes are cut for few programs, so that small cases have several items for each.
+    """
+    launch = Launch(is_interpreted=True, decode_programs=16, min_item_chunks=1)
+    with (
+        mock.patch.object(triton_gpu, "attend", partial(triton_gpu.attend, launch=launch)),
+        lowering_for("gpu", "NVIDIA H200"),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class Target:
     """An implementation and the context to run it in."""
@@ -82,7 +98,10 @@ class Target:
         return self.name
 
 
-INTERPRETERS = {"tpu": {"mosaic_tpu": tpu_interpreter}, "gpu": {"mosaic_gpu": gpu_interpreter}}
+INTERPRETERS = {
+    "tpu": {"mosaic_tpu": tpu_interpreter},
+    "gpu": {"mosaic_gpu": gpu_interpreter, "triton_gpu": triton_interpreter},
+}
 INTERPRETED = {
     name: interpreter
     for platform, interpreters in INTERPRETERS.items()

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.paged_attention import mosaic_gpu_layout, mosaic_tpu_layout, native_cpu, reference, xla
+from pallas_kernels.paged_attention import (
+    mosaic_gpu_layout,
+    mosaic_tpu_layout,
+    native_cpu,
+    reference,
+    triton_gpu_layout,
+    xla,
+)
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.platform import target_compute_capability, target_platform
 
@@ -85,6 +92,18 @@ def _attend_mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
     return mosaic_gpu.attend(*arrays, **options)
 
 
+def _triton_gpu_misfits(case: AttentionCase) -> list[str]:
+    # on another platform that it is another is reason enough
+    capability = case.compute_capability if case.platform in GPU_PLATFORMS else triton_gpu_layout.MIN_COMPUTE_CAPABILITY
+    return triton_gpu_layout.misfits(case.head_dim, capability)
+
+
+def _attend_triton_gpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
+    from pallas_kernels.paged_attention import triton_gpu  # noqa: PLC0415  as above
+
+    return triton_gpu.attend(*arrays, **options)
+
+
 GPU_PLATFORMS = ("gpu", "cuda")
 
 # Best first; a new backend is one file and one row here.
@@ -110,6 +129,18 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         pack=mosaic_gpu_layout.pack,
         unpack=mosaic_gpu_layout.unpack,
         attend=_attend_mosaic_gpu,
+    ),
+    Implementation(
+        name="triton_gpu",
+        summary="Pallas kernels through Triton (deprecated in jax) for GPUs from Ampere on; default where not mosaic_gpu",
+        platforms=GPU_PLATFORMS,
+        dtypes=("float32", "bfloat16"),
+        misfits=_triton_gpu_misfits,
+        # one layout for both, so that either reads a cache made for the other
+        cache_shapes=mosaic_gpu_layout.cache_shapes,
+        pack=mosaic_gpu_layout.pack,
+        unpack=mosaic_gpu_layout.unpack,
+        attend=_attend_triton_gpu,
     ),
     Implementation(
         name="native_cpu",
