@@ -69,16 +69,24 @@ def gpu_interpreter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def triton_interpreter() -> Iterator[None]:
-    """A context in which programs are made for an H200 and Triton kernels are interpreted: outputs begin as NaN.
+def triton_interpreter(decode_programs: int = 16) -> Iterator[None]:
+    """A context in which programs are made for an H200 and Triton kernels are interpreted: what they make is NaN first.
 
     Decodes are cut for few programs, so that small cases have several items for each.
     """
-    launch = Launch(is_interpreted=True, decode_programs=16, min_item_chunks=1)
+    launch = Launch(is_interpreted=True, decode_programs=decode_programs, min_item_chunks=1)
     with (
         mock.patch.object(triton_gpu, "attend", partial(triton_gpu.attend, launch=launch)),
         lowering_for("gpu", "NVIDIA H200"),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def triton_natively() -> Iterator[None]:
+    """A context in which that Pallas has deprecated Triton is no error: the row's summary says it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         yield
 
 
@@ -111,8 +119,9 @@ INTERPRETED = {
 BLOCK_MULTIPLES = {"mosaic_tpu": 8, "mosaic_gpu": 8}
 TOLERANCES = {"float32": 5e-6, "bfloat16": 1e-2}
 """float32 sums in another order; bfloat16 rounds the output to 8 bits."""
+RUNNING = {"triton_gpu": triton_natively, **INTERPRETED}
 TARGETS = tuple(
-    Target(row.name, INTERPRETED.get(row.name, contextlib.nullcontext), BLOCK_MULTIPLES.get(row.name, 1), row.dtypes)
+    Target(row.name, RUNNING.get(row.name, contextlib.nullcontext), BLOCK_MULTIPLES.get(row.name, 1), row.dtypes)
     for row in IMPLEMENTATIONS
 )
 

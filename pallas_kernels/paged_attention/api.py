@@ -132,7 +132,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation(
         name="triton_gpu",
-        summary="Pallas kernels through Triton (deprecated in jax) for GPUs from Ampere on; default where not mosaic_gpu",
+        summary="Pallas kernels for CUDA GPUs from Ampere on, by Triton, which jax has deprecated; after mosaic_gpu",
         platforms=GPU_PLATFORMS,
         dtypes=("float32", "bfloat16"),
         misfits=_triton_gpu_misfits,

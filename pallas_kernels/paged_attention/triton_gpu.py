@@ -53,10 +53,7 @@ def attend(
         window=window,
         soft_cap=soft_cap,
     )
-    if sinks is None:
-        sinks = jnp.full(num_q_heads, MASKED, jnp.float32)
-    else:
-        sinks = sinks.astype(jnp.float32) * LOG2_E
+    sinks = jnp.full(num_q_heads, MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
     # the kernels write rows of tokens, decodes first; rows of padding tokens stay 0
     output = jnp.zeros(rows.shape, query.dtype)
 

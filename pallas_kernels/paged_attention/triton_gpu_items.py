@@ -27,12 +27,12 @@ def cut_into_items(
     num_seqs = lens.shape[0]
     skipped = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // chunk
     num_chunks = (lens + chunk - 1) // chunk - skipped
-    share = jnp.maximum((num_chunks.sum() + num_items - 1) // num_items, min_chunks)
+    share = jnp.maximum((num_chunks.sum(dtype=jnp.int32) + num_items - 1) // num_items, min_chunks)
     counts = (num_chunks + share - 1) // share
     first_items = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
     # rounding up adds less than one item to each sequence
     item = jnp.arange(num_seqs + num_items, dtype=jnp.int32)
     sequences = jnp.minimum((first_items[1:] <= item[:, None]).sum(1, dtype=jnp.int32), num_seqs - 1)
     part, count = item - first_items[sequences], jnp.maximum(counts[sequences], 1)
-    bounds = [skipped[sequences] + i * num_chunks[sequences] // count for i in (part, part + 1)]
-    return Items(sequences, *bounds, first_items)
+    first, chunks = skipped[sequences], num_chunks[sequences]
+    return Items(sequences, first + part * chunks // count, first + (part + 1) * chunks // count, first_items)

@@ -26,10 +26,10 @@ MASKED = -1e30
 """Score of a key that is not seen; finite, so that a row that has seen none yet has differences that are numbers."""
 MIN_ROWS = 16
 """Query rows of the smallest matrix product."""
-MAX_ROWS = 64
+MAX_TURN_BYTES = 128
+"""Of a column of query rows, and of keys of a turn: 64 in bfloat16, 32 in float32, whose sums take more registers."""
 STAGE_BYTES = 32 * 1024
 """Of keys and values of a turn. The smallest GPUs have 99 KiB of shared memory, which holds the turns under way."""
-MAX_CHUNK = 64
 MERGED_AT_ONCE = 16
 """Items whose outputs the merge has in flight."""
 
@@ -44,16 +44,14 @@ class Launch:
     """Programs that decodes are cut into, over all heads: several rounds on each multiprocessor of a large GPU."""
     min_item_chunks: int = 4
     """Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
-    num_warps: int = 4
     num_stages: int = 3
     """Turns under way: reading block ids, reading keys and values, computing."""
     is_interpreted: bool = False
     """Whether jax's interpreter runs them, on any device."""
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def options(self, num_warps: int = 4) -> dict[str, Any]:
         """Keywords of `pallas_call`. What a GPU's default backend is has changed with jax: so it is always named."""
-        params = pltriton.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+        params = pltriton.CompilerParams(num_warps=num_warps, num_stages=self.num_stages)
         return {"compiler_params": params, "interpret": self.is_interpreted}
 
 
@@ -81,11 +79,16 @@ class KernelShape:
     def chunk(self) -> int:
         """Keys of a turn, a power of two."""
         row_bytes = 2 * max(self.lanes, MIN_ROWS) * self.dtype.itemsize
-        return min(1 << ((STAGE_BYTES // row_bytes).bit_length() - 1), MAX_CHUNK)
+        return min(1 << ((STAGE_BYTES // row_bytes).bit_length() - 1), MAX_TURN_BYTES // self.dtype.itemsize)
 
     def rows(self, wanted: int) -> int:
         """Query rows of a program that is to have `wanted`: a power of two."""
-        return min(max(1 << (wanted - 1).bit_length(), MIN_ROWS), MAX_ROWS)
+        return min(max(1 << (wanted - 1).bit_length(), MIN_ROWS), MAX_TURN_BYTES // self.dtype.itemsize)
+
+    @property
+    def num_warps(self) -> int:
+        """Of a program; more have more registers for the sums of long rows."""
+        return 4 if self.lanes * self.dtype.itemsize <= 256 else 8
 
 
 @functools.partial(
@@ -130,14 +133,20 @@ def add_chunk(
     is_seen: Bool[Array, "#rows chunk"],
 ) -> Partial:
     """`before` and the keys at `offsets` of `blocks`: the online softmax of FlashAttention (Dao et al. 2022, 3.1)."""
-    scores = sum(
-        multiply(query, keys[blocks, head, offsets, pl.ds(*piece)], 1)
-        for query, piece in zip(queries, shape.pieces, strict=True)
+    scores = functools.reduce(
+        jnp.add,
+        [
+            multiply(query, keys[blocks, head, offsets, pl.ds(*piece)], 1)
+            for query, piece in zip(queries, shape.pieces, strict=True)
+        ],
     )
-    scores = scores * shape.scale
-    if shape.soft_cap is not None:
-        scores = jnp.tanh(scores / shape.soft_cap) * shape.soft_cap
-    scores = jnp.where(is_seen, scores * LOG2_E, MASKED)
+    if shape.soft_cap is None:
+        scores = scores * (shape.scale * LOG2_E)
+    else:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): CUDA's own has branches, and the registers they took were spilled
+        powers = jnp.exp2(scores * (2.0 * LOG2_E * shape.scale / shape.soft_cap))
+        scores = shape.soft_cap * LOG2_E - (2.0 * LOG2_E * shape.soft_cap) / (powers + 1.0)
+    scores = jnp.where(is_seen, scores, MASKED)
     highest = jnp.maximum(before.highest, scores.max(axis=1))
     shrink = jnp.exp2(before.highest - highest)
     weights = jnp.exp2(scores - highest[:, None])
@@ -198,11 +207,11 @@ def attend_decodes(
             sequence = sequences[item]
             length = lens[sequence]
             first_seen = jnp.int32(0) if shape.window is None else jnp.maximum(length - shape.window, 0)
-            q_heads = head * shape.group + jnp.minimum(part * rows + jnp.arange(rows), shape.group - 1)
+            q_heads = head * shape.group + jnp.minimum(part * rows + jnp.arange(rows, dtype=jnp.int32), shape.group - 1)
             query = read_pieces(shape, queries, sequence, q_heads)
 
             def turn(index: Array, before: Partial) -> Partial:
-                column = index * shape.chunk + jnp.arange(shape.chunk)
+                column = index * shape.chunk + jnp.arange(shape.chunk, dtype=jnp.int32)
                 position = jnp.clip(column, first_seen, length - 1)
                 blocks, offsets = address(shape, tables, sequence, position)
                 is_seen = (column == position)[None, :]
@@ -219,7 +228,7 @@ def attend_decodes(
         out_shape=(jax.ShapeDtypeStruct((num_items, num_q_heads, shape.lanes), jnp.float32), by_head, by_head),
         grid=(num_items, shape.num_kv_heads, -(-shape.group // rows)),
         name="attend_decodes",
-        **launch.options,
+        **launch.options(shape.num_warps),
     )(queries, keys, values, block_tables, context_lens, *items)
 
 
@@ -246,7 +255,7 @@ def merge_items(
 
         def turn(index: Array, before: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
             sums, sum_highest, sum_total = before
-            item = first + index * MERGED_AT_ONCE + jnp.arange(MERGED_AT_ONCE)
+            item = first + index * MERGED_AT_ONCE + jnp.arange(MERGED_AT_ONCE, dtype=jnp.int32)
             mine = jnp.minimum(item, end - 1)
             scores = jnp.where(item < end, highest[mine, head], MASKED)
             common = jnp.maximum(sum_highest, scores.max())
@@ -272,7 +281,7 @@ def merge_items(
         grid=(first_items.shape[0] - 1, outputs.shape[1]),
         input_output_aliases={5: 0},
         name="merge_items",
-        **launch.options,
+        **launch.options(),
     )(weighted, highest, total, sinks, first_items, outputs)
 
 
@@ -320,13 +329,12 @@ def attend_tiles(
             @pl.when(first_row < num_rows)
             def _attend_part() -> None:
                 sequence, start, position = sequences[tile], starts[tile], positions[tile]
-                row = jnp.minimum(first_row + jnp.arange(rows), num_rows - 1)
+                row = jnp.minimum(first_row + jnp.arange(rows, dtype=jnp.int32), num_rows - 1)
                 token = lax.div(row, jnp.int32(shape.group))
                 q_heads = head * shape.group + lax.rem(row, jnp.int32(shape.group))
                 row_position = position + token
-                end = position + lax.div(
-                    jnp.minimum(first_row + rows, num_rows) - 1, jnp.int32(shape.group)
-                ) + 1  # fmt: skip
+                last_row = jnp.minimum(first_row + rows, num_rows) - 1
+                end = position + lax.div(last_row, jnp.int32(shape.group)) + 1
                 first_seen = jnp.int32(0)
                 if shape.window is not None:
                     first_position = position + lax.div(first_row, jnp.int32(shape.group))
@@ -334,7 +342,7 @@ def attend_tiles(
                 query = read_pieces(shape, queries, start + token, q_heads)
 
                 def turn(index: Array, before: Partial) -> Partial:
-                    column = index * shape.chunk + jnp.arange(shape.chunk)
+                    column = index * shape.chunk + jnp.arange(shape.chunk, dtype=jnp.int32)
                     is_seen = column[None, :] <= row_position[:, None]
                     if shape.window is not None:
                         is_seen &= column[None, :] > row_position[:, None] - shape.window
@@ -359,7 +367,7 @@ def attend_tiles(
         grid=(tile_sequences.shape[0] * shape.num_kv_heads * parts,),
         input_output_aliases={10: 0},
         name="attend_tiles",
-        **launch.options,
+        **launch.options(shape.num_warps),
     )(
         queries, keys, values, sinks, block_tables, tile_sequences, tile_starts, tile_positions, tile_lens, num_tiles,
         outputs,

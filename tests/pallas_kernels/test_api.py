@@ -24,6 +24,7 @@ from pallas_kernels import (
     target_platform,
 )
 from pallas_kernels.paged_attention import native_cpu
+from pallas_kernels.paged_attention.api import find
 
 LAYOUT = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
 CASE = AttentionCase(platform="cpu", num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
@@ -54,7 +55,7 @@ GOOD = {
         ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
         (
             {"implementation": "cuda"},
-            "'cuda' is unknown: use one of 'mosaic_tpu', 'mosaic_gpu', 'native_cpu', 'xla', 'reference'",
+            "'cuda' is unknown: use one of 'mosaic_tpu', 'mosaic_gpu', 'triton_gpu', 'native_cpu', 'xla', 'reference'",
         ),
         ({"implementation": "reference"}, "is no layer cache of reference"),
         ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
@@ -104,9 +105,27 @@ def test_on_a_hopper_gpu_its_kernel_is_picked_where_it_fits() -> None:
         ({"block_size": 4}, "not 4, as keys are read 64 and 128 at a time"),
         ({"platform": "cpu"}, "mosaic_gpu: runs on gpu, cuda, not on cpu$"),
     ):
-        assert pick(replace(case, **change)).name in ("xla", "native_cpu")
+        assert pick(replace(case, **change)).name in ("triton_gpu", "xla", "native_cpu")
         with pytest.raises(ValueError, match=reason):
             pick(replace(case, **change), "mosaic_gpu")
+
+
+def test_on_other_cuda_gpus_and_for_float32_the_triton_kernels_are_picked_where_they_fit() -> None:
+    case = replace(CASE, platform="gpu", compute_capability="8.0", block_size=24)
+    assert "deprecated" in find("triton_gpu").summary
+    for capability in ("8.0", "8.9", "9.0", "10.0", "12.1"):
+        for dtype in ("float32", "bfloat16"):
+            assert pick(replace(case, compute_capability=capability, dtype=dtype, num_q_heads=142)).name == "triton_gpu"
+    for change, reason in (
+        ({"compute_capability": "7.5"}, "triton_gpu: needs compute capability 8.0 or above, not 7.5"),
+        ({"compute_capability": None}, "needs compute capability 8.0 or above, not an unknown one"),
+        ({"compute_capability": "gfx942"}, "needs an NVIDIA GPU of compute capability 8.0 or above, not gfx942"),
+        ({"platform": "rocm"}, "triton_gpu: runs on gpu, cuda, not on rocm$"),
+        ({"head_dim": 288}, "needs a head dim of at most 256, not 288"),
+    ):
+        assert pick(replace(case, **change)).name == "xla"
+        with pytest.raises(ValueError, match=reason):
+            pick(replace(case, **change), "triton_gpu")
 
 
 def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
@@ -116,7 +135,7 @@ def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
     assert "multiple of 8, not 12" in lines[0]
     assert states_of(CASE)["mosaic_tpu"] == "no:"
     assert states_of(CASE)["reference"] == "usable"
-    others = {"mosaic_gpu": "no:", "native_cpu": "no:", "xla": "usable", "reference": "usable"}
+    others = {"mosaic_gpu": "no:", "triton_gpu": "no:", "native_cpu": "no:", "xla": "usable", "reference": "usable"}
     assert states_of(replace(CASE, platform="tpu")) == {"mosaic_tpu": "picked", **others}
 
 
@@ -172,6 +191,7 @@ def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(
         width = {
             "mosaic_tpu": lanes,
             "mosaic_gpu": num_kv_heads * -(-head_dim // 16) * 16,
+            "triton_gpu": num_kv_heads * -(-head_dim // 16) * 16,
         }.get(target.name, num_kv_heads * head_dim)
         assert layout.block_bytes == 2 * 8 * width * jnp.dtype(dtype).itemsize
 
