@@ -55,11 +55,10 @@ def gpu_interpreter() -> Iterator[None]:
     """
     if jax.__version_info__ < (0, 11):
         pytest.skip("jax's GPU interpreter runs these kernels from jax 0.11 on")
+    launch = mosaic_gpu.Launch(num_multiprocessors=3, decode_programs=16, min_item_chunks=1, is_interpreted=True)
     with (
         warnings.catch_warnings(),
-        mock.patch.multiple(
-            mosaic_gpu, IS_INTERPRETED=True, NUM_MULTIPROCESSORS=3, DECODE_PROGRAMS=16, MIN_ITEM_CHUNKS=1
-        ),
+        mock.patch.object(mosaic_gpu, "attend", partial(mosaic_gpu.attend, launch=launch)),
         lowering_for("gpu", "NVIDIA H200"),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
     ):

@@ -6,12 +6,12 @@ KV: Dao et al. 2023, Flash-Decoding), whose partial outputs a second kernel merg
 call. Without tiles or decodes their programs end at once.
 """
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from pallas_kernels.paged_attention.gpu_items import cut_into_items
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
     LOG2_E,
@@ -31,56 +31,35 @@ from pallas_kernels.paged_attention.mosaic_gpu_layout import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import TileShape, attend_tiles, output_row
 
-NUM_MULTIPROCESSORS = 132
-"""Of an H100 or H200. Fewer or more are served as well, less evenly."""
-DECODE_PROGRAMS = 8 * NUM_MULTIPROCESSORS
-"""Programs that decodes are cut into: two run at a time on a multiprocessor, and more rounds leave less of the last."""
-MIN_ITEM_CHUNKS = 4
-"""Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
-IS_INTERPRETED = False
-"""Set by tests that run the kernels in jax's GPU interpreter."""
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How kernels are run. The sizes are guesses that no measurement has tuned."""
+
+    num_multiprocessors: int = 132
+    """Of an H100 or H200. Fewer or more are served as well, less evenly."""
+    decode_programs: int = 8 * 132
+    """Programs that decodes are cut into: two run at a time on a multiprocessor, more rounds leave less of the last."""
+    min_item_chunks: int = 4
+    """Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
+    is_interpreted: bool = False
+    """Whether jax's GPU interpreter runs them, which lacks an instruction."""
 
 
-class Items(NamedTuple):
-    """Pieces of decodes, sequence after sequence."""
-
-    sequences: Int[Array, "items"]
-    starts: Int[Array, "items"]
-    """First chunk."""
-    ends: Int[Array, "items"]
-    first_items: Int[Array, "seqs_plus_1"]
-    """The first item of each sequence; at the end, and for sequences that have none, the number of items."""
-
-
-def cut_into_items(lens: Int[Array, "seqs"], chunk: int, window: int | None, num_items: int) -> Items:
-    """Decodes of `lens` tokens (0 where there is none), cut into about `num_items` or one each."""
-    num_seqs = lens.shape[0]
-    first_chunks = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // chunk
-    num_chunks = -(-lens // chunk) - first_chunks
-    per_item = jnp.maximum(-(-num_chunks.sum() // num_items), MIN_ITEM_CHUNKS)
-    counts = -(-num_chunks // per_item)
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    # rounding up adds less than one item to each sequence
-    item = jnp.arange(num_seqs + num_items, dtype=jnp.int32)
-    sequences = jnp.minimum((ends <= item[:, None]).sum(1, dtype=jnp.int32), num_seqs - 1)
-    part, count = item - (ends - counts)[sequences], jnp.maximum(counts[sequences], 1)
-    first, chunks = first_chunks[sequences], num_chunks[sequences]
-    return Items(
-        sequences,
-        first + part * chunks // count,
-        first + (part + 1) * chunks // count,
-        jnp.concatenate([ends - counts, ends[-1:]]),
-    )
+DEFAULT_LAUNCH = Launch()
 
 
 def _attend_decodes(
-    shape: KernelShape, query: Float[Array, "tokens q_heads lanes"], kv: Cache, metadata: AttentionMetadata,
-    sinks: Float[Array, "q_heads"] | None,
+    shape: KernelShape, launch: Launch, query: Float[Array, "tokens q_heads lanes"], kv: Cache,
+    metadata: AttentionMetadata, sinks: Float[Array, "q_heads"] | None,
 ) -> Float[Array, "seqs q_heads lanes"]:  # fmt: skip
     """Outputs of the decodes; those of other sequences are anything."""
     num_seqs = metadata.context_lens.shape[0]
     lens = jnp.where(jnp.arange(num_seqs) < metadata.num_decodes, metadata.context_lens, 0)
-    items = cut_into_items(lens, shape.chunk, shape.window, -(-DECODE_PROGRAMS // shape.num_kv_heads))
+    num_items = -(-launch.decode_programs // shape.num_kv_heads)
+    items = cut_into_items(
+        lens, shape.chunk, shape.window, num_items=num_items, min_chunks=launch.min_item_chunks
+    )
     # a decode sequence is the token of its own number
     rows = query[:num_seqs]
     rows = jnp.pad(rows, ((0, num_seqs - rows.shape[0]), (0, 0), (0, 0)))
@@ -88,7 +67,7 @@ def _attend_decodes(
     rows = rows.reshape(num_seqs, shape.num_kv_heads, shape.group, shape.lanes)
     outputs, sums = attend_decodes(
         shape, jnp.pad(rows, ((0, 0), (0, 0), padding, (0, 0))), *kv, metadata.block_tables, lens,
-        items.sequences, items.starts, items.ends, items.first_items[-1:],
+        items.sequences, items.first_chunks, items.end_chunks, items.first_items[-1:],
     )  # fmt: skip
     if sinks is None:
         sink_rows = jnp.full((shape.num_kv_heads, shape.group_rows), MASKED, jnp.float32)
@@ -101,8 +80,8 @@ def _attend_decodes(
 
 
 def _attend_tiles(
-    shape: KernelShape, query: Float[Array, "tokens q_heads lanes"], kv: Cache, metadata: AttentionMetadata,
-    sinks: Float[Array, "q_heads"] | None,
+    shape: KernelShape, launch: Launch, query: Float[Array, "tokens q_heads lanes"], kv: Cache,
+    metadata: AttentionMetadata, sinks: Float[Array, "q_heads"] | None,
 ) -> Float[Array, "tokens q_heads lanes"]:  # fmt: skip
     """Outputs of the tokens of all tiles; those of other tokens are anything."""
     num_tokens = query.shape[0]
@@ -112,8 +91,8 @@ def _attend_tiles(
     positions = metadata.context_lens[sequences] - metadata.query_starts[sequences + 1] + starts
     shape = shape.with_stages(tiles.compute_warpgroups, SMEM_BYTES)
     attended = attend_tiles(
-        shape, tiles, NUM_MULTIPROCESSORS, query, *kv, sinks, metadata.block_tables, sequences, starts, positions,
-        metadata.tile_lens, metadata.num_tiles[None],
+        shape, tiles, launch.num_multiprocessors, query, *kv, sinks, metadata.block_tables, sequences, starts,
+        positions, metadata.tile_lens, metadata.num_tiles[None],
     )  # fmt: skip
     # the tile of a token: the last one that does not start behind it
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -134,6 +113,7 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
+    launch: Launch = DEFAULT_LAUNCH,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
     """The op as `api.paged_attention` defines it. Queries are rounded to bfloat16, as keys and values are."""
     num_tokens, num_q_heads, head_dim = query.shape
@@ -151,16 +131,16 @@ def attend(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
-        is_interpreted=IS_INTERPRETED,
+        is_interpreted=launch.is_interpreted,
     )
     # two programs of the decode kernel share a multiprocessor
     decode_shape = shape.with_stages(1, SMEM_BYTES // 2)
-    decoded = _attend_decodes(decode_shape, rows, kv, metadata, sinks)
+    decoded = _attend_decodes(decode_shape, launch, rows, kv, metadata, sinks)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     decoded = decoded.at[token].get(mode="clip")
     if metadata.tile_sequences.shape[0]:
         shape = replace(shape, chunk=chunk_tokens(head_dim, soft_cap is not None))
-        tiled = _attend_tiles(shape, rows, kv, metadata, sinks)
+        tiled = _attend_tiles(shape, launch, rows, kv, metadata, sinks)
     else:
         tiled = jnp.zeros_like(decoded)
     token = token[:, None, None]

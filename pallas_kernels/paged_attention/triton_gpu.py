@@ -9,9 +9,9 @@ which a second kernel merges; tiles are one call. Programs of slots without work
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.paged_attention.gpu_items import cut_into_items
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu_layout import Cache, pad_lanes, write
-from pallas_kernels.paged_attention.triton_gpu_items import cut_into_items
 from pallas_kernels.paged_attention.triton_gpu_kernel import (
     LOG2_E,
     MASKED,

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.paged_attention.triton_gpu_items import Items
+from pallas_kernels.paged_attention.gpu_items import Items
 from pallas_kernels.paged_attention.triton_gpu_layout import pieces
 
 LOG2_E = math.log2(math.e)

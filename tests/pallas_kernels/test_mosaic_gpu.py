@@ -14,29 +14,8 @@ from kernel_targets import TARGETS, check_equals_the_reference
 from pallas_kernels import KVLayout, lowering_for, make_metadata, paged_attention
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
 from pallas_kernels.cases import HEAD_SHAPES, BatchCase
-from pallas_kernels.paged_attention.mosaic_gpu import cut_into_items
 
 TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
-
-
-@pytest.mark.parametrize("window", [None, 100])
-def test_items_cover_the_chunks_of_every_decode_once_and_are_about_equal(window: int | None) -> None:
-    lens = np.array([1000, 0, 64, 65, 1, 5000, 0], np.int32)
-    items = cut_into_items(jnp.asarray(lens), 64, window, num_items=12)
-    num_items = int(items.first_items[-1])
-    assert 12 <= num_items <= 12 + len(lens) if window is None else num_items >= 5
-    sizes = []
-    for sequence, length in enumerate(lens):
-        mine = range(int(items.first_items[sequence]), int(items.first_items[sequence + 1]))
-        assert all(int(items.sequences[i]) == sequence for i in mine)
-        chunks = [chunk for i in mine for chunk in range(int(items.starts[i]), int(items.ends[i]))]
-        first = 0 if window is None else max(length - window, 0) // 64
-        assert chunks == list(range(first, -(-length // 64)))
-        sizes += [int(items.ends[i] - items.starts[i]) for i in mine]
-    assert len(sizes) == num_items
-    assert min(sizes) >= 1
-    # 16 + 1 + 2 + 1 + 79 chunks by 12 items, rounded up
-    assert window is not None or max(sizes) == 9
 
 
 @pytest.mark.slow
