@@ -179,6 +179,12 @@ def address(
 # -- decodes
 
 
+def heads_of_rows(shape: KernelShape, head: Array, part: Array, rows: int) -> Int[Array, "rows"]:
+    """Query heads of a program's rows. Those past the group's end are its last head again: never another program's."""
+    row = part * rows + jnp.arange(rows, dtype=jnp.int32)
+    return head * shape.group + jnp.minimum(row, shape.group - 1)
+
+
 def attend_decodes(
     shape: KernelShape,
     launch: Launch,
@@ -207,7 +213,7 @@ def attend_decodes(
             sequence = sequences[item]
             length = lens[sequence]
             first_seen = jnp.int32(0) if shape.window is None else jnp.maximum(length - shape.window, 0)
-            q_heads = head * shape.group + jnp.minimum(part * rows + jnp.arange(rows, dtype=jnp.int32), shape.group - 1)
+            q_heads = heads_of_rows(shape, head, part, rows)
             query = read_pieces(shape, queries, sequence, q_heads)
 
             def turn(index: Array, before: Partial) -> Partial:
@@ -260,7 +266,7 @@ def merge_items(
             scores = jnp.where(item < end, highest[mine, head], MASKED)
             common = jnp.maximum(sum_highest, scores.max())
             shrink = jnp.exp2(sum_highest - common)
-            shares = jnp.where(item < end, jnp.exp2(scores - common), 0.0)
+            shares = jnp.exp2(scores - common)
             parts = read_pieces(shape, weighted, mine, head)
             sums = tuple(
                 sum_ * shrink + (part * shares[:, None]).sum(axis=0)

@@ -15,7 +15,7 @@ from pallas_kernels import lowering_for, paged_attention
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
 from pallas_kernels.cases import HEAD_SHAPES, BatchCase, HeadShape, make_batch
 from pallas_kernels.paged_attention.gpu_items import cut_into_items
-from pallas_kernels.paged_attention.triton_gpu_kernel import MERGED_AT_ONCE
+from pallas_kernels.paged_attention.triton_gpu_kernel import MERGED_AT_ONCE, KernelShape, heads_of_rows, multiply
 from pallas_kernels.paged_attention.triton_gpu_layout import pieces
 
 TARGET = next(target for target in TARGETS if target.name == "triton_gpu")
@@ -26,6 +26,31 @@ def test_pieces_are_powers_of_two_that_cover_a_row_once() -> None:
     assert pieces(80) == ((0, 64), (64, 16))
     assert pieces(240) == ((0, 128), (128, 64), (192, 32), (224, 16))
     assert pieces(256) == ((0, 256),)
+
+
+@pytest.mark.parametrize(
+    ("group", "head", "part", "rows", "expected"),
+    [(3, 2, 0, 16, [6, 7, 8] + [8] * 13), (71, 0, 1, 64, [*range(64, 71), *[70] * 57])],
+)
+def test_rows_of_a_decode_never_leave_their_group(
+    group: int, head: int, part: int, rows: int, expected: list[int]
+) -> None:
+    # programs that write one another's rows are a race, which an interpreter of one after the other does not show
+    shape = KernelShape(
+        num_kv_heads=4, group=group, lanes=16, block_size=16, dtype=jnp.dtype(jnp.bfloat16), scale=1.0, window=None,
+        soft_cap=None,
+    )  # fmt: skip
+    assert shape.rows(group) == rows
+    assert heads_of_rows(shape, jnp.int32(head), jnp.int32(part), rows).tolist() == expected
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_of_float32_are_asked_for_in_full_precision(dtype: str, precision: str) -> None:
+    # a CPU has no other, so its outputs do not show it; a GPU would take tf32
+    square = jnp.zeros((16, 16), jnp.dtype(dtype))
+    (product,) = jax.make_jaxpr(partial(multiply, contracted=0))(square, square).eqns
+    assert product.params["precision"] == (jax.lax.Precision[precision],) * 2
+    assert product.params["preferred_element_type"] == jnp.float32
 
 
 @pytest.mark.parametrize(
