@@ -1,92 +1,103 @@
 """Blocks between device and host: gather to a staging array, copy out; copy in, scatter back.
 
-The host pool is numpy, one array per leaf of the KV cache, with the block as the leading axis as on the device.
-Copies out are asynchronous: a staging array leaves the device while later steps run, and is put in its place when
-somebody needs it or enough of them wait (`_drain`). Sizes are bucketed, so that nothing compiles after warm-up.
+Copies out are asynchronous: what is staged leaves the device while later steps run. Sizes are bucketed, so that
+nothing compiles after warm-up. Where blocks lie on the host is `host_pool.py`'s.
+
+    device   cache of each layer   --gather-->   staged blocks  --transfer-->  host pool
+                                   <--scatter--  staged blocks  <--transfer--
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxpaged.core.scheduler_output import BlockCopy
-from pallas_kernels import copy_blocks, gather_blocks, scatter_blocks
+from jaxpaged.runner.host_pool import host_pool
+from pallas_kernels import copy_blocks
 
 STAGING_SIZES = (4, 16, 64)
-"""Blocks per staging array; more copies go in rounds of the largest."""
-MAX_WAITING = 4
-"""Staging arrays that may wait for their copy to the host."""
+"""Blocks staged at once; more copies go in rounds of the largest."""
+STAGING_BYTES = 64 * 2**20
+"""Device memory one staging may take: sizes that need more are left out, but for the smallest."""
 
 
 class SwapError(RuntimeError):
     """A copy between device and host failed; the device's cache is as it was before."""
 
 
-def _staging_size(count: int) -> int:
-    return next((size for size in STAGING_SIZES if size >= count), STAGING_SIZES[-1])
-
-
-def _padded(ids: list[int]) -> np.ndarray:
-    """Block ids [staging size], filled up with the null block."""
-    padded = np.zeros(_staging_size(len(ids)), np.int32)
-    padded[: len(ids)] = ids
-    return padded
-
-
-def _rounds(copies: Sequence[BlockCopy]) -> list[Sequence[BlockCopy]]:
-    return [copies[i : i + STAGING_SIZES[-1]] for i in range(0, len(copies), STAGING_SIZES[-1])]
-
-
 class BlockMover:
-    """Owns the host pool and the three compiled copies. One thread, the one that owns the KV cache, may call it."""
+    """Owns the host pool and the three compiled copies. One thread, the one that owns the KV cache, may call it.
 
-    def __init__(self, kv: Any, num_host_blocks: int) -> None:
-        # np.zeros takes address space, and memory only as blocks are written
-        self._host: Any = jax.tree.map(lambda leaf: np.zeros((num_host_blocks, *leaf.shape[1:]), leaf.dtype), kv)
-        self._waiting: list[tuple[list[int], Any]] = []
-        self._gather = jax.jit(gather_blocks)
-        self._scatter = jax.jit(scatter_blocks, donate_argnums=0)
+    Two threads in it at once are a ValueError: a cache that one reads while another donates it is lost.
+
+    Args:
+        kv: The cache that will be copied from and to; only its shapes and shardings are read.
+        num_host_blocks: Host block ids are below this.
+        staging_sizes: Blocks staged at once, ascending.
+        is_pinned: Whether host blocks lie in pinned memory; None picks by device.
+    """
+
+    def __init__(
+        self,
+        kv: Any,
+        num_host_blocks: int,
+        *,
+        staging_sizes: Sequence[int] = STAGING_SIZES,
+        is_pinned: bool | None = None,
+    ) -> None:
+        block_bytes = sum(leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(kv))
+        self.staging_sizes = (
+            staging_sizes[0], *(size for size in staging_sizes[1:] if size * block_bytes <= STAGING_BYTES)
+        )  # fmt: skip
+        self._host = host_pool(kv, num_host_blocks, is_pinned=is_pinned)
+        self._gather = jax.jit(self._host.stage_out)
+        self._scatter = jax.jit(self._host.stage_in, donate_argnums=0)
         self._copy = jax.jit(copy_blocks, donate_argnums=0)
+        self._in_use = threading.Lock()
 
     def swap_out(self, kv: Any, copies: Sequence[BlockCopy]) -> None:
         """Start copying device blocks to host blocks; `kv` is only read. Raises SwapError."""
-        try:
-            for part in _rounds(copies):
-                staged = self._gather(kv, _padded([copy.source for copy in part]))
-                for leaf in jax.tree.leaves(staged):
-                    leaf.copy_to_host_async()
-                self._waiting.append(([copy.target for copy in part], staged))
-                if len(self._waiting) > MAX_WAITING:
-                    self._drain()
-        except (RuntimeError, MemoryError, OSError) as error:
-            targets = {copy.target for copy in copies}
-            self._waiting = [(ids, staged) for ids, staged in self._waiting if not targets.intersection(ids)]
-            raise SwapError(f"swap out of {len(copies)} blocks failed: {error}") from error
+        with self._sole_use():
+            try:
+                for part in self._rounds(copies):
+                    staged = self._gather(kv, self._padded([copy.source for copy in part]))
+                    self._host.put([copy.target for copy in part], staged)
+            except (RuntimeError, MemoryError, OSError) as error:
+                self._host.lose([copy.target for copy in copies])
+                raise SwapError(f"swap out of {len(copies)} blocks failed: {error}") from error
 
     def swap_in(self, kv: Any, copies: Sequence[BlockCopy]) -> Any:
         """Copy host blocks to device blocks; `kv` is donated, the new one returned. SwapError before any write."""
-        try:
-            self._drain()
-            staged = [self._stage([copy.source for copy in part]) for part in _rounds(copies)]
-        except (RuntimeError, MemoryError, OSError) as error:
-            raise SwapError(f"swap in of {len(copies)} blocks failed: {error}") from error
-        for part, blocks in zip(_rounds(copies), staged, strict=True):
-            kv = self._scatter(kv, _padded([copy.target for copy in part]), blocks)
-        return kv
+        with self._sole_use():
+            rounds = self._rounds(copies)
+            try:
+                staged = [
+                    self._host.take([copy.source for copy in part], self._staging_size(len(part))) for part in rounds
+                ]
+            except KeyError as error:
+                raise SwapError(f"host block {error} holds nothing: its swap out failed, or there was none") from error
+            except (RuntimeError, MemoryError, OSError) as error:
+                raise SwapError(f"swap in of {len(copies)} blocks failed: {error}") from error
+            for part, blocks in zip(rounds, staged, strict=True):
+                kv = self._scatter(kv, self._padded([copy.target for copy in part]), blocks)
+            return kv
 
     def copy(self, kv: Any, copies: Sequence[BlockCopy]) -> Any:
         """Copy device blocks to device blocks (copy-on-write); `kv` is donated, the new one returned."""
-        for part in _rounds(copies):
-            sources = _padded([copy.source for copy in part])
-            targets = _padded([copy.target for copy in part])
-            kv = self._copy(kv, sources, targets)
-        return kv
+        with self._sole_use():
+            for part in self._rounds(copies):
+                sources = self._padded([copy.source for copy in part])
+                targets = self._padded([copy.target for copy in part])
+                kv = self._copy(kv, sources, targets)
+            return kv
 
     def warm_up(self, kv: Any) -> Any:
-        """Compile every staging size; writes reach the null block only. `kv` is donated."""
-        for size in STAGING_SIZES:
+        """Compile every staging size; no block is written. `kv` is donated."""
+        for size in self.staging_sizes:
             null_copies = [BlockCopy(0, 0)] * size
             self.swap_out(kv, null_copies)
             kv = self.swap_in(kv, null_copies)
@@ -95,24 +106,37 @@ class BlockMover:
 
     def time_copies(self, kv: Any) -> tuple[Any, int]:
         """Copy the largest staging size out and in once, for the caller to time; returns (kv, number of blocks)."""
-        null_copies = [BlockCopy(0, 0)] * STAGING_SIZES[-1]
+        null_copies = [BlockCopy(0, 0)] * self.staging_sizes[-1]
         self.swap_out(kv, null_copies)
         kv = jax.block_until_ready(self.swap_in(kv, null_copies))
         return kv, len(null_copies)
 
     def finish(self) -> None:
-        """Wait until every copy to the host has arrived."""
-        self._drain()
+        """Wait until every copy to the host has arrived, or failed; one that failed shows when it is swapped in."""
+        with self._sole_use():
+            self._host.finish()
 
-    def _stage(self, ids: list[int]) -> Any:
-        index = _padded(ids)
-        return jax.tree.map(lambda pool: jax.device_put(pool[index]), self._host)
+    def _staging_size(self, count: int) -> int:
+        return next((size for size in self.staging_sizes if size >= count), self.staging_sizes[-1])
 
-    def _drain(self) -> None:
-        while self._waiting:
-            ids, staged = self._waiting.pop(0)
+    def _padded(self, ids: list[int]) -> np.ndarray:
+        """Block ids [staging size], filled up with the null block."""
+        padded = np.zeros(self._staging_size(len(ids)), np.int32)
+        padded[: len(ids)] = ids
+        return padded
 
-            def place(pool: np.ndarray, blocks: Any, ids: list[int] = ids) -> None:
-                pool[ids] = np.asarray(blocks)[: len(ids)]
+    def _rounds(self, copies: Sequence[BlockCopy]) -> list[Sequence[BlockCopy]]:
+        largest = self.staging_sizes[-1]
+        return [copies[i : i + largest] for i in range(0, len(copies), largest)]
 
-            jax.tree.map(place, self._host, staged)
+    @contextlib.contextmanager
+    def _sole_use(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise ValueError(
+                f"thread {threading.current_thread().name!r} copies blocks of a KV cache while another thread does: "
+                "let one thread own the engine, and hand it requests through a queue"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
