@@ -4,6 +4,7 @@ Must never come in: jaxpaged, converters, flax; requests, schedulers, models; gl
 Read first: AttentionMetadata.
 """
 
+from pallas_kernels.checks import check_copies, check_metadata
 from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.linear.linear import linear, linear_misfit
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
@@ -16,6 +17,8 @@ __all__ = [
     "AttentionCase",
     "AttentionMetadata",
     "KVLayout",
+    "check_copies",
+    "check_metadata",
     "copy_blocks",
     "explain",
     "gather_blocks",
