@@ -37,6 +37,25 @@ def test_one_block_may_be_copied_to_many() -> None:
     assert first_entries(copied)[0] == [0, 1, 2, 1, 1, 1]
 
 
+def test_rows_of_the_null_block_and_wrong_ids_write_nothing() -> None:
+    kv = cache()
+    staged = jax.tree.map(lambda leaf: jnp.full_like(leaf, 9), gather_blocks(kv, ids(1, 1, 1, 1, 1)))
+    written = scatter_blocks(kv, ids(0, 0, 3, -1, 6), staged)  # six blocks: -1 and 6 are none of them
+    assert first_entries(written)[0] == [0, 1, 2, 9, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
+def test_many_copies_of_any_dtype_at_once(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    kv = jnp.asarray(rng.integers(0, 200, (300, 3, 8)), dtype)
+    sources, targets = rng.permutation(299)[:200] + 1, rng.permutation(299)[:200] + 1  # they overlap
+    expected = np.asarray(kv).copy()
+    expected[targets] = np.asarray(kv)[sources]
+    pad = np.zeros(56, np.int32)
+    copied = jax.jit(copy_blocks, donate_argnums=0)(kv, np.r_[sources, pad], np.r_[targets, pad])
+    np.testing.assert_array_equal(np.asarray(copied), expected)
+
+
 def test_a_round_trip_through_staging_is_bit_exact_even_for_nan() -> None:
     kv = jax.tree.map(lambda leaf: leaf.at[4].set(jnp.array(jnp.nan, leaf.dtype) if leaf.dtype == jnp.float32 else 7),
                       cache())  # fmt: skip
