@@ -215,6 +215,7 @@ def main_on_device(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-layers", type=int, default=2 if is_small else 8)
     parser.add_argument("--repeats", type=int, default=1 if is_small else 10)
     parser.add_argument("--output", type=Path, help="default on an accelerator: bench/results/kernels-<device>.json")
+    parser.add_argument("--device", action="store_true", help="this bench also without an accelerator, small")
     args = parser.parse_args(arguments)
     chosen = tuple(case for case in cases if any(part in case.name for part in args.cases))
     if not chosen or args.num_layers < 1 or args.repeats < 1:
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--device" in arguments or jax.default_backend() != "cpu":
-        return main_on_device([argument for argument in arguments if argument != "--device"])
+        return main_on_device(arguments)
     names = [*(row.name for row in IMPLEMENTATIONS), "mapped"]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)

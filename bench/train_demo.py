@@ -387,6 +387,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps} must be 2 or more: the learning rate rises and falls")
     if not 0 < arguments.held_out < 1:
         parser.error(f"--held-out {arguments.held_out} must lie between 0 and 1")
     if arguments.q_heads % arguments.kv_heads:

@@ -344,7 +344,9 @@ def plan_for(model: str | Path, **options: Any) -> str:
 def _one_of(params: Any, sampling_params: Any, unknown: Mapping[str, Any]) -> Any:
     """`params` under either of its names; ValueError for both, and for names that a call does not have."""
     for name in unknown:
-        raise ValueError(f"{name} is not accepted: {CALL_REMEDIES.get(name, 'leave it out')}")
+        is_of_params = name in {field.name for field in dataclasses.fields(SamplingParams)}
+        remedy = f"give it as SamplingParams({name}=...)" if is_of_params else "leave it out"
+        raise ValueError(f"{name} is not accepted: {CALL_REMEDIES.get(name, remedy)}")
     if params is not None and sampling_params is not None:
         raise ValueError("params and sampling_params are two names of the same: give one")
     return sampling_params if params is None else params

@@ -140,6 +140,8 @@ def test_the_name_of_vllm_for_params_is_understood_and_others_are_refused(demo):
     assert one[0].outputs[0].token_ids == same[0].outputs[0].token_ids
     with pytest.raises(ValueError, match="two names of the same"):
         demo.generate("ROMEO:\n", GREEDY, sampling_params=GREEDY)
+    with pytest.raises(ValueError, match=r"max_tokens is not accepted: give it as SamplingParams\(max_tokens=...\)"):
+        demo.generate("ROMEO:\n", max_tokens=3)
     with pytest.raises(ValueError, match="lora_request is not accepted"):
         demo.generate("ROMEO:\n", GREEDY, lora_request=1)
     with pytest.raises(ValueError, match="continue_final_message is not accepted"):

@@ -26,7 +26,7 @@ def _xla(inputs: Array, kernel: Array) -> Array:
 
 @jax.custom_jvp
 def _native_cpu(inputs: Array, kernel: Array) -> Array:
-    result = jax.ShapeDtypeStruct((inputs.shape[0], kernel.shape[0]), jnp.float32)
+    result = jax.eval_shape(_xla, inputs, kernel)  # which knows over what axes of a mesh it differs, in a shard_map
     return jax.ffi.ffi_call(LIBRARY.target(SYMBOL), result, vmap_method="sequential")(inputs, kernel)
 
 
@@ -57,7 +57,9 @@ def linear(
 ) -> Float[Array, "rows out_dim"]:
     """Return `inputs @ kernel.T` in float32, by the first of IMPLEMENTATIONS that fits, or by the one that is named.
 
-    Differentiable in both. Raises ValueError for two dtypes, unequal in_dim, and an implementation that does not fit.
+    Differentiable in both. Arrays that are split over devices are brought together under `jit`, as XLA cannot split the
+    compiled kernel: shard it with `shard_map`, or ask for implementation="xla". Raises ValueError for
+    two dtypes, unequal in_dim, and an implementation that does not fit.
     """
     if inputs.dtype != kernel.dtype:
         raise ValueError(f"inputs are {inputs.dtype} and the kernel is {kernel.dtype}: cast one of them")

@@ -100,6 +100,21 @@ def test_derivatives_and_batches_are_those_of_xla() -> None:
     np.testing.assert_allclose(many[:, 0], linear(inputs, kernel, implementation="xla"), rtol=1e-5, atol=1e-5)
 
 
+@needs_compiler
+def test_derivatives_inside_a_shard_map() -> None:
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    inputs, kernel = random(6, 20), random(9, 20, seed=1)
+
+    def loss(implementation: str, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        split, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+        product = partial(linear, implementation=implementation)
+        sharded = jax.shard_map(product, mesh=mesh, in_specs=(split, whole), out_specs=split)
+        return jnp.tanh(sharded(inputs, kernel)).sum()
+
+    ours, theirs = (jax.grad(partial(loss, name), argnums=(0, 1))(inputs, kernel) for name in IMPLEMENTATIONS)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
 def test_the_rule_that_picks() -> None:
     assert linear_misfit("xla", "bfloat16") is None
     assert "float32 only" in (linear_misfit("native_cpu", "bfloat16") or "")
