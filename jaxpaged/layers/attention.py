@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.rope import rotate
@@ -42,11 +42,13 @@ class Attention(nnx.Module):
         kv: Any,
         metadata: Any,
         attention: AttentionFunction,
-    ) -> tuple[Float[Array, "tokens model_dim"], Any]:
-        """Return the attended tokens and this layer's cache with their keys and values written."""
+        rows: Int[Array, " rows"] | None = None,
+    ) -> tuple[Float[Array, "kept model_dim"], Any]:
+        """Return the attended tokens, or those that `rows` names, and the cache with the keys and values of all."""
         tokens = hidden.shape[0]
         query = rotate(self.query(hidden).reshape(tokens, -1, self.head_dim), cosines, sines)
         key = rotate(self.key(hidden).reshape(tokens, -1, self.head_dim), cosines, sines)
         value = self.value(hidden).reshape(tokens, -1, self.head_dim)
         attended, kv = attention(query, key, value, kv, metadata, scale=self.head_dim**-0.5)
-        return self.output(attended.reshape(tokens, -1)), kv
+        attended = attended.reshape(tokens, -1)
+        return self.output(attended if rows is None else attended[rows]), kv

@@ -47,9 +47,11 @@ class LlamaLayer(nnx.Module):
         kv: Any,
         metadata: Any,
         attention: AttentionFunction,
-    ) -> tuple[Float[Array, "tokens model_dim"], Any]:
-        attended, kv = self.attention(self.attention_norm(hidden), cosines, sines, kv, metadata, attention)
-        hidden = hidden + attended
+        rows: Int[Array, " rows"] | None = None,
+    ) -> tuple[Float[Array, "kept model_dim"], Any]:
+        """Return the tokens that `rows` names, or all, and the cache with the keys and values of all of them."""
+        attended, kv = self.attention(self.attention_norm(hidden), cosines, sines, kv, metadata, attention, rows)
+        hidden = (hidden if rows is None else hidden[rows]) + attended
         return hidden + self.mlp(self.mlp_norm(hidden)), kv
 
 
@@ -63,13 +65,14 @@ def apply_layer(
     kv: Any,
     metadata: Any,
     attention: AttentionFunction,
-) -> tuple[Float[Array, "tokens model_dim"], Any]:
+    rows: Int[Array, " rows"] | None = None,
+) -> tuple[Float[Array, "kept model_dim"], Any]:
     """Run the layer that `graph` and `state` make up (the two halves of `nnx.split`).
 
     All layers of a model have equal graphs, so that within a step this is traced and lowered once, whatever their
-    number: the step calls one inner function many times.
+    number (and once more for a last layer with `rows`): the step calls one inner function many times.
     """
-    return nnx.merge(graph, state)(hidden, cosines, sines, kv, metadata, attention)
+    return nnx.merge(graph, state)(hidden, cosines, sines, kv, metadata, attention, rows)
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -100,21 +103,28 @@ class LlamaForCausalLM(nnx.Module):
         kv: Sequence[Any],
         metadata: Any,
         attention: AttentionFunction,
-    ) -> tuple[Float[Array, "tokens model_dim"], tuple[Any, ...]]:
-        """Return the normalised hidden state of every token, and the layer caches with the new tokens written.
+        rows: Int[Array, " rows"] | None = None,
+    ) -> tuple[Float[Array, "kept model_dim"], tuple[Any, ...]]:
+        """Return the normalised hidden state of each token, and the layer caches with the new tokens written.
 
         `kv` has one cache per layer, `metadata` says which token belongs to which sequence; both go to `attention`
-        untouched. Tokens are packed: there is no batch axis and no phase.
+        untouched. Tokens are packed: there is no batch axis and no phase. `rows` are the tokens whose states are
+        wanted, in the order wanted (all of them by default).
         """
         cosines, sines = rotary_angles(positions, self.rope)
         hidden = self.embedding(token_ids)
+        # where only some are wanted, nothing reads what the last layer makes of the others but their keys and values
+        last_rows = rows if rows is not None and rows.shape[0] < token_ids.shape[0] else None
         caches = []
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
+        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
             graph, state = nnx.split(layer)
+            layer_rows = last_rows if index == len(self.layers) - 1 else None
             hidden, layer_kv = apply_layer(
-                graph, state, hidden, cosines, sines, layer_kv, metadata, attention=attention
+                graph, state, hidden, cosines, sines, layer_kv, metadata, attention=attention, rows=layer_rows
             )
             caches.append(layer_kv)
+        if rows is not None and last_rows is None:
+            hidden = hidden[rows]
         return self.norm(hidden), tuple(caches)
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float[Array, "rows vocab"]:

@@ -46,9 +46,9 @@ def step(
     """
     model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     batch = unpack(packed, state.history, layout, block_size)
-    hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention)
+    hidden, kv = model(batch.token_ids, batch.positions, kv, batch.attention, attention, batch.logit_tokens)
     # both readers must see the same bits: without the barrier XLA may compute the logits anew for each
-    logits = jax.lax.optimization_barrier(model.logits(hidden[batch.logit_tokens]))
+    logits = jax.lax.optimization_barrier(model.logits(hidden))
     best, finite = maximum(logits)
     tokens = first_argmax(logits, best)
     packed_sampling = packed[layout.sampling_start :]

@@ -1,4 +1,5 @@
-// Ragged paged attention for CPUs, called by XLA through its foreign function interface.
+// Ragged paged attention for CPUs, called by XLA through its foreign function interface. New keys and values are written
+// into the cache first, in place.
 //
 // Compiled on the machine it runs on (../native_library.py), so vectors are the compiler's own vector types of 16 floats, which
 // it maps to what the processor has. A work item is one tile (a decode is a tile of one token) and one key-value head.
@@ -25,6 +26,7 @@ constexpr int VECTORS = 4;  // vectors of keys, or of a value, in registers per 
 constexpr int VECTORS = 1;  // 16 registers of 8 lanes or fewer hold no more
 #endif
 constexpr int64_t ITEMS_PER_THREAD = 8;
+constexpr int64_t MIN_WRITTEN = 4096;  // elements; fewer are not worth another thread's start
 constexpr float MASKED = -1e30f;
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -150,8 +152,16 @@ struct Shapes {
 
 template <typename T>
 struct Cache {
-  const T* keys;    // [blocks, kv_heads, head_dim, block_size]
-  const T* values;  // [blocks, kv_heads, block_size, head_dim]
+  T* keys;    // [blocks, kv_heads, head_dim, block_size]
+  T* values;  // [blocks, kv_heads, block_size, head_dim]
+};
+
+// Keys and values [tokens, kv_heads, head_dim] of a step's tokens, and the slots that they go to.
+template <typename T>
+struct Fresh {
+  const T *keys, *values;
+  const int32_t* slots;
+  int64_t tokens;
 };
 
 struct Tile {
@@ -251,6 +261,26 @@ inline int64_t slab(const Shapes& shapes, const Tile& tile, int64_t head, int64_
   return (block * shapes.num_kv_heads + head) * shapes.head_dim * shapes.block_size;
 }
 
+// Puts a head's new keys and values into their slots; what is outside the cache is dropped.
+template <typename T>
+void write(const Shapes& shapes, const Cache<T>& cache, const Fresh<T>& fresh, int64_t head) {
+  const int64_t dim = shapes.head_dim, block_size = shapes.block_size;
+  const int64_t stride = shapes.num_kv_heads * dim;  // from token to token
+  for (int64_t token = 0, run = 1; token < fresh.tokens; token += run, run = 1) {
+    const int64_t slot = fresh.slots[token];
+    if (slot < 0 || slot >= shapes.num_blocks * block_size) continue;
+    const int64_t block = slot / block_size, offset = slot % block_size;
+    // tokens side by side in a block are written element by element, so that stores are side by side too
+    while (offset + run < block_size && token + run < fresh.tokens && fresh.slots[token + run] == slot + run) ++run;
+    const int64_t to = (block * shapes.num_kv_heads + head) * dim * block_size;
+    const T* key = fresh.keys + token * stride + head * dim;
+    const T* value = fresh.values + token * stride + head * dim;
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t i = 0; i < run; ++i) cache.keys[to + d * block_size + offset + i] = key[i * stride + d];
+    for (int64_t i = 0; i < run; ++i) std::copy_n(value + i * stride, dim, cache.values + to + (offset + i) * dim);
+  }
+}
+
 // The keys and values of a head, from the sequence's first that somebody sees; block by block, as a division a key is slow.
 template <typename T>
 Turn<T> find_turn(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64_t head, int64_t position) {
@@ -340,18 +370,27 @@ void attend(const Shapes& shapes, const Cache<T>& cache, const Tile& tile, int64
 using Ids = ffi::Buffer<ffi::S32>;
 
 template <typename T, ffi::DataType kStored>
-ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> query, ffi::Buffer<kStored> keys,
-               ffi::Buffer<kStored> values, Ids block_tables, Ids context_lens, Ids query_starts, Ids num_decodes,
-               Ids tile_sequences, Ids tile_starts, Ids tile_lens, Ids num_tiles, ffi::Buffer<ffi::F32> sinks,
-               ffi::Result<ffi::Buffer<ffi::F32>> output, int64_t window, float soft_cap) {
+ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> query, ffi::Buffer<kStored> key,
+               ffi::Buffer<kStored> value, ffi::Buffer<kStored> keys, ffi::Buffer<kStored> values, Ids slot_mapping,
+               Ids block_tables, Ids context_lens, Ids query_starts, Ids num_decodes, Ids tile_sequences,
+               Ids tile_starts, Ids tile_lens, Ids num_tiles, ffi::Buffer<ffi::F32> sinks,
+               ffi::Result<ffi::Buffer<ffi::F32>> output, ffi::Result<ffi::Buffer<kStored>> keys_out,
+               ffi::Result<ffi::Buffer<kStored>> values_out, int64_t window, float soft_cap) {
   const auto q = query.dimensions(), k = keys.dimensions();
+  const int64_t tokens = slot_mapping.element_count();
   if (q.size() != 3 || k.size() != 4 || k[2] != q[2] || q[1] % k[1] || values.element_count() != keys.element_count())
     return ffi::Error::InvalidArgument("query must be [tokens, q_heads, head_dim], keys [blocks, kv_heads, head_dim, "
                                        "block_size] and values [blocks, kv_heads, block_size, head_dim]");
+  if (key.element_count() != tokens * k[1] * k[2] || value.element_count() != key.element_count())
+    return ffi::Error::InvalidArgument("key and value must be [tokens, kv_heads, head_dim], slot_mapping [tokens]");
+  if (keys_out->untyped_data() != keys.untyped_data() || values_out->untyped_data() != values.untyped_data())
+    return ffi::Error::Internal("the cache is written in place, but XLA gave another buffer for the result");
   const Shapes shapes = {q[1],   k[1],   q[2],     k[3],
                          block_tables.dimensions()[1], k[0], window, soft_cap, sinks.element_count() > 0};
-  const Cache<T> cache = {reinterpret_cast<const T*>(keys.untyped_data()),
-                          reinterpret_cast<const T*>(values.untyped_data())};
+  const Cache<T> cache = {reinterpret_cast<T*>(keys_out->untyped_data()),
+                          reinterpret_cast<T*>(values_out->untyped_data())};
+  const Fresh<T> fresh = {reinterpret_cast<const T*>(key.untyped_data()),
+                          reinterpret_cast<const T*>(value.untyped_data()), slot_mapping.typed_data(), tokens};
   const float *queries = query.typed_data(), *sink_scores = sinks.typed_data();
   float* outputs = output->typed_data();
   std::memset(outputs, 0, sizeof(float) * output->element_count());  // rows of padding tokens are 0
@@ -360,6 +399,12 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> query, ffi::Buffer
   const int32_t *first_tokens = tile_starts.typed_data(), *lengths = tile_lens.typed_data();
   const int64_t tiles = num_tiles.typed_data()[0], decodes = num_decodes.typed_data()[0];
   const int64_t heads = shapes.num_kv_heads;
+
+  // a thread has a head, as padding tokens share a slot; all is written before any is read
+  if (tokens * shapes.head_dim * heads < MIN_WRITTEN)
+    for (int64_t head = 0; head < heads; ++head) write(shapes, cache, fresh, head);
+  else
+    parallel_for(threads, heads, [=](int64_t head) { write(shapes, cache, fresh, head); });
 
   // an item goes on from head to head, as what comes is known then; where items are few, a head is one
   const int64_t heads_per_item = tiles + decodes >= ITEMS_PER_THREAD * threads.num_threads() ? heads : 1;
@@ -395,6 +440,9 @@ auto binding() {
       .Arg<ffi::Buffer<ffi::F32>>()
       .template Arg<ffi::Buffer<kStored>>()
       .template Arg<ffi::Buffer<kStored>>()
+      .template Arg<ffi::Buffer<kStored>>()
+      .template Arg<ffi::Buffer<kStored>>()
+      .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
       .template Arg<Ids>()
@@ -405,6 +453,8 @@ auto binding() {
       .template Arg<Ids>()
       .template Arg<ffi::Buffer<ffi::F32>>()
       .template Ret<ffi::Buffer<ffi::F32>>()
+      .template Ret<ffi::Buffer<kStored>>()
+      .template Ret<ffi::Buffer<kStored>>()
       .template Attr<int64_t>("window")
       .template Attr<float>("soft_cap");
 }

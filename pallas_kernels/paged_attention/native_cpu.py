@@ -46,12 +46,21 @@ def attend(
     """The op as `api.paged_attention` defines it."""
     if (reason := why_unavailable()) is not None:
         raise ValueError(f"native_cpu {reason}: use implementation='xla'")
-    keys, values = xla.write(kv, key, value, metadata.slot_mapping)
-    call = jax.ffi.ffi_call(LIBRARY.target(SYMBOLS[keys.dtype]), jax.ShapeDtypeStruct(query.shape, jnp.float32))
-    output = call(
-        query.astype(jnp.float32) * scale,
+    inputs = query.astype(jnp.float32) * scale
+    keys, values = kv
+    call = jax.ffi.ffi_call(
+        LIBRARY.target(SYMBOLS[keys.dtype]),
+        # shapes that know over what axes of a mesh they differ, in a shard_map
+        jax.eval_shape(lambda *arrays: arrays, inputs, keys, values),
+        input_output_aliases={3: 1, 4: 2},
+    )
+    output, keys, values = call(
+        inputs,
+        xla.encode(key, keys.dtype),
+        xla.encode(value, values.dtype),
         keys,
         values,
+        metadata.slot_mapping,
         metadata.block_tables,
         metadata.context_lens,
         metadata.query_starts,

@@ -66,7 +66,7 @@ def unpack(kv: tuple[np.ndarray, np.ndarray], num_kv_heads: int, head_dim: int) 
     return kv[0].view(dtype).transpose(0, 3, 1, 2), kv[1].view(dtype).transpose(0, 2, 1, 3)
 
 
-def _encode(array: Array, stored: jnp.dtype) -> Array:
+def encode(array: Array, stored: jnp.dtype) -> Array:
     """`array` as it is stored."""
     if stored == jnp.uint16:
         return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
@@ -85,8 +85,8 @@ def write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"
     keys, values = kv
     block_size = keys.shape[-1]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    keys = keys.at[blocks, :, :, offsets].set(_encode(key, keys.dtype))
-    values = values.at[blocks, :, offsets, :].set(_encode(value, values.dtype))
+    keys = keys.at[blocks, :, :, offsets].set(encode(key, keys.dtype))
+    values = values.at[blocks, :, offsets, :].set(encode(value, values.dtype))
     return keys, values
 
 

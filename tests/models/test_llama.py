@@ -15,6 +15,7 @@ from tiny_checkpoints import CASES, MAX_MODEL_LEN, dense_attention, empty_kv, ru
 from converters import load_huggingface
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.random_model import random_model
+from pallas_kernels import linear
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=40, model_dim=16, mlp_dim=24, num_layers=5, num_q_heads=4,
@@ -102,6 +103,32 @@ def test_a_layer_is_traced_once_per_step_whatever_the_number_of_layers():
     text = step.lower(state, jnp.zeros(4, jnp.int32), empty_kv(TINY, 8)).as_text()
     assert text.count("func.func private @apply_layer") == 1
     assert text.count("call @apply_layer") == TINY.num_layers
+
+
+@pytest.mark.parametrize("rows", [[11], [3, 0, 3], list(range(11, -1, -1)), [5] * 13])
+def test_the_states_of_some_tokens_are_theirs_among_all(rows):
+    """Fewer than the tokens (the last layer computes those alone), as many, more; the caches hold all tokens."""
+    model = random_model(TINY, 0)
+    inputs = (jnp.arange(12), jnp.arange(12))
+    whole, whole_kv = model(*inputs, empty_kv(TINY, 12), jnp.int32(0), dense_attention)
+    some, some_kv = model(*inputs, empty_kv(TINY, 12), jnp.int32(0), dense_attention, jnp.array(rows))
+    np.testing.assert_allclose(some, whole[np.array(rows)], atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, some_kv, whole_kv)
+
+
+def test_the_last_layer_computes_its_output_for_the_wanted_tokens_only(monkeypatch):
+    products = []
+
+    def counting_linear(inputs, kernel):
+        products.append(inputs.shape[0])
+        return linear(inputs, kernel)
+
+    monkeypatch.setattr("jaxpaged.layers.linear.linear", counting_linear)
+    model = random_model(TINY, 0)
+    kv, start, rows = empty_kv(TINY, 31), jnp.int32(0), jnp.arange(7)
+    model(jnp.zeros(31, jnp.int32), jnp.arange(31), kv, start, dense_attention, rows)
+    # traced once for all layers but the last, then for it: query, key and value of all tokens, four products of the 7
+    assert products == [31] * 7 + [31] * 3 + [7] * 4
 
 
 def test_layer_caches_are_updated_in_place_when_donated():

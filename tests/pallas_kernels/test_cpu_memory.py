@@ -33,11 +33,14 @@ def test_a_donated_cache_is_updated_in_place(dtype: str, name: str) -> None:
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
-    # whatever has the size of a whole cache is an argument, or the scatter that updates one in place
+    # whatever has the size of a whole cache is an argument, or what updates one in place
     text = compiled.as_text()
     made = re.findall(rf"= \S*\[(?:{num_blocks}|{num_blocks * 4}),[\d,]*\]\S* ([\w-]+)\(", text)
-    assert set(made) <= {"parameter", "get-tuple-element", "bitcast", "scatter", "fusion"}, set(made)
-    assert made.count("scatter") == made.count("fusion") == 4, "keys and values of two layers"
+    updates = {"scatter", "fusion"} if name == "xla" else set()
+    assert set(made) <= {"parameter", "get-tuple-element", "bitcast"} | updates, set(made)
+    assert all(made.count(update) == 4 for update in updates), "keys and values of two layers"
+    if name == "native_cpu":
+        assert text.count("output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}") == 2, "written by the kernel"
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kv)]
     _, kv = compiled(kv, batch.metadata)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kv)] == before
