@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.record import note
-from pallas_kernels import IMPLEMENTATIONS, AttentionCase, KVLayout, make_metadata, misfits, paged_attention
+from pallas_kernels import AttentionCase, KVLayout, lowering_for, make_metadata, misfits, paged_attention
 from pallas_kernels.cases import CASES, BatchCase, HeadShape, make_batch, with_options
+from pallas_kernels.paged_attention.api import find
 from pallas_kernels.paged_attention.metadata import KEY_CHUNK_TOKENS, TILE_SIZE
 
 DTYPE = "bfloat16"
@@ -95,8 +96,6 @@ def interpreting(name: str) -> Iterator[None]:
     """On a CPU: a context in which the Pallas kernels of another device are interpreted."""
     from jax.experimental.pallas import tpu as pltpu  # noqa: PLC0415  Pallas takes long to import
 
-    from pallas_kernels import lowering_for  # noqa: PLC0415
-
     if name == "mosaic_tpu" and jax.default_backend() == "cpu":
         with lowering_for("tpu", "TPU v5 lite"), pltpu.force_tpu_interpret_mode():
             yield
@@ -145,11 +144,11 @@ def largest_error(case: BatchCase, name: str) -> float:
     return float(np.nan_to_num(np.abs(found - truth), nan=np.inf).max())
 
 
-def attention_case(heads: HeadShape, block_size: int, **target: Any) -> AttentionCase:
+def attention_case(heads: HeadShape, block_size: int) -> AttentionCase:
     """The case as the rule that picks sees it."""
     return AttentionCase(
         num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim, block_size=block_size, dtype=DTYPE,
-        num_q_heads=heads.num_q_heads, **target,
+        num_q_heads=heads.num_q_heads,
     )  # fmt: skip
 
 
@@ -157,7 +156,7 @@ def check(names: Sequence[str], cases: Sequence[BatchCase] = CASES) -> dict[str,
     """The largest error of each implementation over the cases it serves; ValueError for one that is too large."""
     errors: dict[str, float] = {}
     for name in names:
-        row = next(row for row in IMPLEMENTATIONS if row.name == name)
+        row = find(name)
         for case in cases:
             with interpreting(name):
                 reasons = misfits(row, attention_case(case.heads, case.block_size))
@@ -328,7 +327,7 @@ def race(
             except Exception as error:  # whatever a peer raises is why it has no time
                 skipped[name] = (str(error) or type(error).__name__).splitlines()[0][:200]
         else:
-            row = next(row for row in IMPLEMENTATIONS if row.name == name)
+            row = find(name)
             with interpreting(name):
                 reasons = misfits(row, attention_case(case.heads, case.block_size))
                 if reasons:

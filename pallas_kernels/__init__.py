@@ -10,7 +10,7 @@ from pallas_kernels.linear.linear import linear, linear_misfit
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
-from pallas_kernels.paged_attention.platform import lowering_for, target_compute_capability, target_platform
+from pallas_kernels.platform import lowering_for, target_compute_capability, target_platform
 
 __all__ = [
     "IMPLEMENTATIONS",

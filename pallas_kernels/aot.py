@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.paged_attention.platform import lowering_for
+from pallas_kernels.platform import lowering_for
 
 TPU_TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 """What tests compile for. One device is used; these are the smallest groups of them that libtpu describes."""

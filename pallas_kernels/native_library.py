@@ -41,6 +41,10 @@ class NativeLibrary:
         """The name to hand to `jax.ffi.ffi_call`."""
         return self.prefix + symbol
 
+    def why_unavailable(self) -> str | None:
+        """Why the library cannot be had here, or None once it is loaded and known to XLA. Compiles it if need be."""
+        return _why_unavailable(self)
+
 
 def _cpu_flags() -> str:
     """What tells one processor from another with other instructions: a home folder may be shared between machines."""
@@ -80,8 +84,7 @@ def register(library: NativeLibrary, path: Path) -> None:
 
 
 @functools.cache
-def why_unavailable(library: NativeLibrary) -> str | None:
-    """Why the library cannot be had here, or None once it is loaded and known to XLA. Compiles it if need be."""
+def _why_unavailable(library: NativeLibrary) -> str | None:
     compiler = find_compiler()
     if compiler is None:
         return f"needs a C++ compiler ({', '.join(COMPILERS)}), and none is installed"

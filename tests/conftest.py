@@ -26,7 +26,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # compiled before any test listens to stderr, where it says so; imported behind the hook above
 native_library = importlib.import_module("pallas_kernels.native_library")
 for kernel in ("paged_attention.native_cpu", "linear.linear"):
-    native_library.why_unavailable(importlib.import_module(f"pallas_kernels.{kernel}").LIBRARY)
+    importlib.import_module(f"pallas_kernels.{kernel}").LIBRARY.why_unavailable()
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -52,7 +52,9 @@ def imports_of(name: str) -> list[tuple[str, bool]]:
             assert node.module is not None
             for alias in node.names:
                 longer = f"{node.module}.{alias.name}"
-                found.append((longer if longer in FILES else node.module, is_inner))
+                found.append((node.module, is_inner))  # of a package too: it is run first
+                if longer in FILES:
+                    found.append((longer, is_inner))
         elif isinstance(node, ast.Import):
             found.extend((alias.name, is_inner) for alias in node.names)
         inner = is_inner or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.If, ast.Try))

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import native_library
 from pallas_kernels.native_library import NativeLibrary
-from pallas_kernels.paged_attention.platform import target_platform
+from pallas_kernels.platform import target_platform
 
 IMPLEMENTATIONS = ("native_cpu", "xla")
 """By preference."""
@@ -49,7 +48,7 @@ def linear_misfit(implementation: str, dtype: str) -> str | None:
         return f"runs on cpu only, and this is {target_platform()}"
     if dtype != "float32":
         return f"is for float32 only, and these are {dtype} (XLA is faster there)"
-    return native_library.why_unavailable(LIBRARY)
+    return LIBRARY.why_unavailable()
 
 
 def linear(

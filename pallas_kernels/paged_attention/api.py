@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention import (
     xla,
 )
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.platform import target_compute_capability, target_platform
+from pallas_kernels.platform import target_compute_capability, target_platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def _no_misfits(case: AttentionCase) -> list[str]:
 
 
 def _native_misfits(case: AttentionCase) -> list[str]:
-    reason = native_cpu.why_unavailable() if case.platform == "cpu" else None
+    reason = native_cpu.LIBRARY.why_unavailable() if case.platform == "cpu" else None
     return [] if reason is None else [reason]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels import native_library
 from pallas_kernels.native_library import NativeLibrary
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
@@ -24,11 +23,6 @@ LIBRARY = NativeLibrary(Path(__file__).with_suffix(".cc"), tuple(SYMBOLS.values(
 cache_shapes = xla.cache_shapes
 pack = xla.pack
 unpack = xla.unpack
-
-
-def why_unavailable() -> str | None:
-    """Why the kernel cannot be had here, or None once it is loaded and known to XLA. Compiles it if need be."""
-    return native_library.why_unavailable(LIBRARY)
 
 
 def attend(
@@ -44,7 +38,7 @@ def attend(
     sinks: Float[Array, "q_heads"] | None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], xla.Cache]:
     """The op as `api.paged_attention` defines it."""
-    if (reason := why_unavailable()) is not None:
+    if (reason := LIBRARY.why_unavailable()) is not None:
         raise ValueError(f"native_cpu {reason}: use implementation='xla'")
     inputs = query.astype(jnp.float32) * scale
     keys, values = kv

@@ -6,8 +6,9 @@ import pytest
 
 from bench.device_kernels import DEVICE_CASES, TOLERANCE, DeviceCase, attention_case, check
 from bench.kernels import main, reasons_to_skip
-from pallas_kernels import IMPLEMENTATIONS, lowering_for, misfits
+from pallas_kernels import lowering_for, misfits
 from pallas_kernels.cases import BENCH_CASES, CASES, HeadShape, with_options
+from pallas_kernels.paged_attention.api import find
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_case_of_the_bench_is_served_by_the_kernels_of_its_device() -> None:
     for platform, kind, name in (("gpu", "NVIDIA H200", "mosaic_gpu"), ("tpu", "TPU v6 lite", "mosaic_tpu")):
-        row = next(row for row in IMPLEMENTATIONS if row.name == name)
+        row = find(name)
         with lowering_for(platform, kind):
             for case in DEVICE_CASES:
                 assert misfits(row, attention_case(case.heads, case.block_size)) == [], (name, case.name)

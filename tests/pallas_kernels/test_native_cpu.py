@@ -28,7 +28,7 @@ def attend(batch, **options):
 
 @needs_compiler
 def test_it_is_picked_on_a_cpu():
-    assert native_cpu.why_unavailable() is None
+    assert native_cpu.LIBRARY.why_unavailable() is None
     assert pick(CASE).name == "native_cpu"
 
 

@@ -1,5 +1,6 @@
 """C++ kernels are there where a compiler is; where one is not, or fails, what uses them falls back and says why."""
 
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,9 +16,8 @@ CASE = AttentionCase(platform="cpu", num_kv_heads=4, head_dim=8, block_size=16, 
 @pytest.fixture
 def forgotten(monkeypatch, tmp_path):
     """Nothing is known to be available, and the user's home is empty; afterwards all is as it was."""
-    known = native_library.why_unavailable
-    fresh = native_library.functools.cache(known.__wrapped__)
-    monkeypatch.setattr(native_library, "why_unavailable", fresh)
+    fresh = functools.cache(native_library._why_unavailable.__wrapped__)
+    monkeypatch.setattr(native_library, "_why_unavailable", fresh)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
 
 
@@ -37,7 +37,7 @@ def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch, forgo
 def test_a_compiler_that_fails_is_a_reason_too(tmp_path, forgotten):
     source = tmp_path / "broken.cc"
     source.write_text("this is no C++")
-    reason = native_library.why_unavailable(native_library.NativeLibrary(source, LIBRARY.symbols))
+    reason = native_library.NativeLibrary(source, LIBRARY.symbols).why_unavailable()
     assert reason is not None
     assert reason.startswith("could not be compiled with ")
     assert "error" in reason

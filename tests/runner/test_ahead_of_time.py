@@ -1,54 +1,37 @@
 """The whole step of an 8B Llama, compiled for a TPU or an H200 that is not here: its cache in place, little else."""
 
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from aot_targets import H200, NUM_BLOCKS, V5E, V6E, Device, name_of, num_bytes
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.shapes import resolve_shapes
 from jaxpaged.runner.step import AbstractStep, abstract_step
 from pallas_kernels import lowering_for
-from pallas_kernels.aot import compile_for_h200, compile_for_tpu, missing_for_h200, missing_for_tpu
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no host to be asked for its topology
-NUM_BLOCKS = 4096
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Device:
-    """A device that is compiled for."""
+class Expectation:
+    """What a step is made of on a device, and how much memory beside its arguments it may take."""
 
-    name: str
-    platform: str
-    kind: str
     kernel: str
-    compile: Callable[..., jax.stages.Compiled]
-    missing: str | None
     max_temp_bytes: dict[int, int]
     """By tokens of the step, 4 layers; logits go out, so queries, outputs and partial outputs are the largest."""
     temp_bytes_per_layer: int
     """More for each layer beyond 4: measured, not understood."""
 
 
-def tpu(name: str, kind: str) -> Device:
-    compile_ = partial(compile_for_tpu, topology=f"{name}:2x2")
-    most = {64: 16 * MIB, 512: 16 * MIB}
-    return Device(name, "tpu", kind, "mosaic_tpu", compile_, missing_for_tpu(), most, 3 * MIB // 2)
-
-
-V5E, V6E = tpu("v5e", "TPU v5 lite"), tpu("v6e", "TPU v6 lite")
-H200 = Device(
-    "H200", "gpu", "NVIDIA H200", "mosaic_gpu", compile_for_h200, missing_for_h200(), {64: 16 * MIB, 512: 64 * MIB}, 0
-)
+ON_TPU = Expectation("mosaic_tpu", {64: 16 * MIB, 512: 16 * MIB}, 3 * MIB // 2)
+EXPECTED = {"v5e": ON_TPU, "v6e": ON_TPU, "H200": Expectation("mosaic_gpu", {64: 16 * MIB, 512: 64 * MIB}, 0)}
+"""By name of the device."""
 
 
 def llama_8b(num_layers: int) -> ModelConfig:
@@ -62,16 +45,15 @@ def llama_8b(num_layers: int) -> ModelConfig:
 def compiled_step(
     device: Device, num_layers: int, num_tokens: int, **options: Any
 ) -> tuple[AbstractStep, jax.stages.Compiled]:
-    if device.missing is not None:
-        pytest.skip(device.missing)
+    device.skip_if_missing()
     engine_config = EngineConfig(max_num_seqs=64, max_num_batched_tokens=512, block_size=16)
     model_config = llama_8b(num_layers)
     with lowering_for(device.platform, device.kind):
         shapes = resolve_shapes(engine_config, model_config, "bfloat16")
-        assert shapes.layout.row.name == device.kernel
+        assert shapes.layout.row.name == EXPECTED[device.name].kernel
         bucket = shapes.buckets.pick(num_tokens, 64, 64)
         step = abstract_step(engine_config, model_config, shapes, bucket, NUM_BLOCKS)
-        return step, device.compile(step.function, *step.arguments, donate=step.donate, **options)
+        return step, device.compile_for(step.function, *step.arguments, donate=step.donate, **options)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +62,17 @@ def compiled_step(
         *((device, 4) for device in (V5E, V6E, H200)),
         *(pytest.param(device, 32, marks=pytest.mark.slow) for device in (V6E, H200)),
     ],
-    ids=lambda value: getattr(value, "name", str(value)),
+    ids=name_of,
 )
 @pytest.mark.parametrize("num_tokens", [64, 512], ids=["decodes", "mixed"])
 def test_the_step_of_an_8b_llama_compiles_with_its_cache_in_place(device, num_layers, num_tokens):
     step, program = compiled_step(device, num_layers, num_tokens)
     donated = [step.arguments[position] for position in step.donate]
-    donated_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated))
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= donated_bytes
-    more_layers = (num_layers - 4) * device.temp_bytes_per_layer
-    assert memory.temp_size_in_bytes <= device.max_temp_bytes[num_tokens] + more_layers
+    assert memory.alias_size_in_bytes >= num_bytes(donated)
+    expected = EXPECTED[device.name]
+    more_layers = (num_layers - 4) * expected.temp_bytes_per_layer
+    assert memory.temp_size_in_bytes <= expected.max_temp_bytes[num_tokens] + more_layers
     caches = jax.tree.leaves(step.arguments[1])
     assert len(caches) == num_layers * (1 if device.platform == "tpu" else 2)
     shape = ",".join(map(str, caches[0].shape))
