@@ -4,11 +4,11 @@ Compiled with the headers of the installed jaxlib and kept beside other caches o
 library says so, and what would use it falls back to XLA.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -74,6 +74,21 @@ def build(source: Path, compiler: str, target: Path) -> None:
     raise RuntimeError(complaint)
 
 
+def _named(stem: str, content: bytes) -> str:
+    """The file name of a kept library. It tells what is in it, as loading a damaged one ends the process."""
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def find_kept(folder: Path, stem: str) -> Path | None:
+    """A library that was compiled before and is whole, if there is one; damaged ones are removed."""
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if path.name == _named(stem, path.read_bytes()):
+                return path
+            path.unlink()
+    return None
+
+
 @functools.cache  # XLA takes a name once
 def register(library: NativeLibrary, path: Path) -> None:
     """Load a shared library and make its handlers known to XLA. OSError if it cannot be loaded."""
@@ -95,12 +110,14 @@ def _why_unavailable(library: NativeLibrary) -> str | None:
     try:
         folder = Path.home() / ".cache" / "pallas_kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{key}.so"
-        if not path.is_file():
+        stem = f"{name}-{key}"
+        path = find_kept(folder, stem)
+        if path is None:
             logging.getLogger(__name__).warning("compiling the CPU kernel of %s, once for this machine", name)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                build(library.source, compiler, Path(scratch) / path.name)
-                os.replace(Path(scratch) / path.name, path)  # whole or not at all, whoever else compiles it
+                built = Path(scratch) / f"{stem}.so"
+                build(library.source, compiler, built)
+                path = built.replace(folder / _named(stem, built.read_bytes()))  # whole or not at all, whoever else
         register(library, path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return f"could not be compiled with {compiler}: {error}"

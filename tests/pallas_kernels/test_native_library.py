@@ -1,16 +1,47 @@
 """C++ kernels are there where a compiler is; where one is not, or fails, what uses them falls back and says why."""
 
 import functools
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import AttentionCase, explain, linear, linear_misfit, native_library, pick
 from pallas_kernels.linear.linear import LIBRARY
+from pallas_kernels.native_library import NativeLibrary
 
+SOURCE = """
+#include "xla/ffi/api/ffi.h"
+static xla::ffi::Error Answer(xla::ffi::ResultBuffer<xla::ffi::F32> result) {
+  result->typed_data()[0] = 42;
+  return xla::ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(answer, Answer, xla::ffi::Ffi::Bind().Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+"""
+"""A kernel that is soon compiled."""
+LOAD = """
+import sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from pallas_kernels.native_library import NativeLibrary
+library = NativeLibrary(Path(sys.argv[1]), ("answer",))
+print(library.why_unavailable(), jax.ffi.ffi_call(library.target("answer"), jax.ShapeDtypeStruct((), jnp.float32))())
+"""
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "of the right size": lambda whole: whole[:4096] + bytes(len(whole) - 4096),
+}
 CASE = AttentionCase(platform="cpu", num_kv_heads=4, head_dim=8, block_size=16, dtype="float32")
+
+needs_compiler = pytest.mark.skipif(native_library.find_compiler() is None, reason="no C++ compiler is installed")
 
 
 @pytest.fixture
@@ -19,6 +50,23 @@ def forgotten(monkeypatch, tmp_path):
     fresh = functools.cache(native_library._why_unavailable.__wrapped__)
     monkeypatch.setattr(native_library, "_why_unavailable", fresh)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+
+
+@pytest.fixture
+def library(request, tmp_path, forgotten):
+    """The kernel that is soon compiled, under names that no other test has made known to XLA."""
+    (tmp_path / "kernel").mkdir()
+    source = tmp_path / "kernel" / "answer.cc"
+    source.write_text(SOURCE)
+    return NativeLibrary(source, ("answer",), prefix=f"{request.node.name}.")
+
+
+def answer_of(library):
+    return jax.ffi.ffi_call(library.target("answer"), jax.ShapeDtypeStruct((), jnp.float32))()
+
+
+def kept_in(home):
+    return sorted((home / ".cache" / "pallas_kernels").iterdir())
 
 
 def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch, forgotten):
@@ -33,12 +81,54 @@ def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch, forgo
         linear(inputs, kernel, implementation="native_cpu")
 
 
-@pytest.mark.skipif(native_library.find_compiler() is None, reason="no C++ compiler is installed")
+@needs_compiler
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_compiled_again(library, tmp_path, damage):
+    assert library.why_unavailable() is None
+    (path,) = kept_in(tmp_path)
+    whole = path.read_bytes()
+    path.unlink()  # what this process has loaded stays whole
+    path.write_bytes(damage(whole))
+    # another process, as this one would be given what it has loaded before
+    told = subprocess.run(
+        [sys.executable, "-c", LOAD, library.source], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (told.returncode, told.stdout) == (0, "None 42.0\n"), told.stderr
+    (path,) = kept_in(tmp_path)
+    assert len(path.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_whole_library_is_not_compiled_again(library, monkeypatch):
+    assert library.why_unavailable() is None
+    monkeypatch.setattr(native_library, "build", None)
+    again = replace(library, prefix=f"again.{library.prefix}")
+    assert again.why_unavailable() is None
+    assert answer_of(again) == 42.0
+
+
+@needs_compiler
+def test_two_that_compile_at_once_do_not_disturb_each_other(library, monkeypatch, tmp_path):
+    build, other = native_library.build, replace(library, prefix=f"other.{library.prefix}")
+
+    def build_while_another_does(*arguments):
+        monkeypatch.setattr(native_library, "build", build)
+        assert other.why_unavailable() is None
+        build(*arguments)
+
+    monkeypatch.setattr(native_library, "build", build_while_another_does)
+    assert library.why_unavailable() is None
+    assert answer_of(library) == answer_of(other) == 42.0
+    assert all(native_library.find_kept(path.parent, path.stem.rpartition("-")[0]) for path in kept_in(tmp_path))
+
+
+@needs_compiler
 def test_a_compiler_that_fails_is_a_reason_too(tmp_path, forgotten):
     source = tmp_path / "broken.cc"
     source.write_text("this is no C++")
-    reason = native_library.NativeLibrary(source, LIBRARY.symbols).why_unavailable()
+    reason = NativeLibrary(source, LIBRARY.symbols).why_unavailable()
     assert reason is not None
     assert reason.startswith("could not be compiled with ")
     assert "error" in reason
-    assert not list((tmp_path / ".cache" / "pallas_kernels").iterdir()), "nothing half-made stays behind"
+    assert not kept_in(tmp_path), "nothing half-made stays behind"
