@@ -2,8 +2,11 @@
 
 import functools
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpaged.cli import main
 from pallas_kernels import AttentionCase, explain, linear, linear_misfit, native_library, pick
 from pallas_kernels.linear.linear import LIBRARY
 from pallas_kernels.native_library import NativeLibrary
@@ -69,7 +73,14 @@ def kept_in(home):
     return sorted((home / ".cache" / "pallas_kernels").iterdir())
 
 
-def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch, forgotten):
+def failing_compiler(folder, said):
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\nprintf %s {shlex.quote(said)} >&2\nexit 3\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_a_compiler_xla_serves_and_the_reason_is_told_when_asked_for(monkeypatch, forgotten, caplog, capsys):
     monkeypatch.setattr(native_library, "COMPILERS", ("no-such-compiler",))
     reason = "needs a C++ compiler (no-such-compiler), and none is installed"
     assert pick(CASE).name == "xla"
@@ -79,6 +90,11 @@ def test_without_a_compiler_xla_serves_and_the_reason_is_told(monkeypatch, forgo
     np.testing.assert_array_equal(linear(inputs, kernel), np.full((2, 5), 3.0))
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .*: use implementation='xla'"):
         linear(inputs, kernel, implementation="native_cpu")
+    assert not caplog.messages, "no compiler is no defect"
+    assert main(["info"]) == 0
+    told = capsys.readouterr().out
+    assert f"native_cpu   no: {reason}" in told
+    assert f"linear layers in float32: xla (native_cpu {reason})" in told
 
 
 @needs_compiler
@@ -120,15 +136,68 @@ def test_two_that_compile_at_once_do_not_disturb_each_other(library, monkeypatch
     monkeypatch.setattr(native_library, "build", build_while_another_does)
     assert library.why_unavailable() is None
     assert answer_of(library) == answer_of(other) == 42.0
-    assert all(native_library.find_kept(path.parent, path.stem.rpartition("-")[0]) for path in kept_in(tmp_path))
+    assert all(native_library.find_kept(path.stem.rpartition("-")[0]) for path in kept_in(tmp_path))
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_a_reason_too(tmp_path, forgotten):
+@pytest.mark.parametrize("obstacle", ["a file", "no home"])
+def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(library, monkeypatch, tmp_path, caplog, obstacle):
+    def home():
+        if obstacle == "no home":
+            raise RuntimeError("Could not determine home directory.")
+        return library.source
+
+    monkeypatch.setattr(Path, "home", home)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    assert library.why_unavailable() is None
+    assert library.why_unavailable() is None
+    assert answer_of(library) == 42.0
+    (message,) = caplog.messages
+    assert "compiling the CPU kernel of kernel, for this process alone, as it cannot be kept: " in message
+    assert ("Could not determine home" if obstacle == "no home" else str(library.source)) in message
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_leaves_nothing_behind(tmp_path, forgotten):
     source = tmp_path / "broken.cc"
     source.write_text("this is no C++")
-    reason = NativeLibrary(source, LIBRARY.symbols).why_unavailable()
+    with pytest.warns(UserWarning, match="could not be compiled with .* error: .* takes its place, which is slower"):
+        reason = NativeLibrary(source, LIBRARY.symbols).why_unavailable()
     assert reason is not None
     assert reason.startswith("could not be compiled with ")
     assert "error" in reason
     assert not kept_in(tmp_path), "nothing half-made stays behind"
+
+
+def test_a_compiler_that_fails_is_warned_of_once_in_its_own_words(monkeypatch, tmp_path, forgotten):
+    compiler = failing_compiler(tmp_path, "one\ntwo\nno space left\n\n  giving up\n")
+    monkeypatch.setattr(native_library, "COMPILERS", (compiler,))
+    reason = f"could not be compiled with {compiler} and loaded: one | two | no space left | giving up"
+    message = re.escape(f"{reason}; until it can be, plain XLA takes its place, which is slower")
+    with pytest.warns(UserWarning, match=f"the CPU kernel of paged_attention {message}"):
+        assert pick(CASE).name == "xla"
+    with pytest.warns(UserWarning, match=f"the CPU kernel of linear {message}"):
+        assert linear_misfit("native_cpu", "float32") == reason
+    # from here on a warning would be an error
+    assert pick(CASE).name == "xla"
+    assert reason in explain(CASE)
+    np.testing.assert_array_equal(linear(jnp.ones((2, 3)), jnp.ones((5, 3))), np.full((2, 5), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("a.h:1: fatal error: no such file\n1 | #include\n  | ^\ncompilation terminated.\n",
+         "a.h:1: fatal error: no such file | 1 | #include | | ^ | compilation terminated."),
+        ("error: first\na\nerror: second\nb\nc\nd\n", "error: first | error: second | b | c | d"),
+        ("", "exit status 3"),
+    ],
+    ids=["no header", "many errors", "silent"],
+)  # fmt: skip
+def test_of_a_compiler_that_fails_the_first_error_and_the_last_lines_are_told(tmp_path, said, told):
+    compiler = failing_compiler(tmp_path, said)
+    with pytest.raises(RuntimeError) as raised:
+        native_library.build(tmp_path / "source.cc", compiler, tmp_path / "target.so")
+    assert str(raised.value) == told
