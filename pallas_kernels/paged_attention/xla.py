@@ -110,6 +110,21 @@ def _gather(
     return _decode(gathered), jnp.where(is_used[:, None, :, None], _decode(gathered_values), 0.0)
 
 
+def _varying_axes(array: Any) -> frozenset[Any]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _varying_like(start: Any, *operands: Any) -> Any:
+    """What a loop starts with, of the type that it has after a turn with `operands`.
+
+    Inside a shard_map that tells over what axes of the mesh devices may hold different numbers; elsewhere nothing.
+    """
+    axes: frozenset[Any] = frozenset().union(*map(_varying_axes, jax.tree.leaves(operands)))
+    return jax.tree.map(
+        lambda leaf: lax.pcast(leaf, tuple(sorted(axes - _varying_axes(leaf), key=str)), to="varying"), start
+    )
+
+
 class _Partial(NamedTuple):
     """A softmax under way, for any leading axes."""
 
@@ -240,7 +255,7 @@ def _attend_decodes(
     heads = (num_kv_heads, group)
     nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
     num_turns = -(-num_items // items_per_turn)
-    return lax.fori_loop(0, num_turns, turn, (output, nothing, jnp.int32(-1)))[0]
+    return lax.fori_loop(0, num_turns, turn, _varying_like((output, nothing, jnp.int32(-1)), output))[0]
 
 
 def _attend_tiles(
@@ -295,7 +310,7 @@ def _attend_tiles(
         heads = (1, num_kv_heads, tile_size * group)
         nothing = _Partial(jnp.zeros((*heads, head_dim)), jnp.full(heads, MASKED), jnp.zeros(heads))
         first_chunk = jnp.int32(0) if window is None else jnp.maximum(first - window + 1, 0) // chunk
-        partial = lax.fori_loop(first_chunk, -(-end // chunk), attend_keys, nothing)
+        partial = lax.fori_loop(first_chunk, -(-end // chunk), attend_keys, _varying_like(nothing, output))
         tile = _finish(partial, row_sinks).reshape(num_kv_heads, tile_size, group, head_dim)
         tile = tile.transpose(1, 0, 2, 3).reshape(tile_size, num_q_heads, head_dim)
         # rows past the tile's end belong to other tokens
@@ -323,6 +338,7 @@ def attend(
     num_tokens, num_q_heads, head_dim = query.shape
     options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     output = jnp.zeros((num_tokens + 1, num_q_heads, head_dim), jnp.float32)
+    output = _varying_like(output, query, kv, metadata, sinks)
     output = _attend_decodes(query, kv, metadata, output, **options)
     if metadata.tile_sequences.shape[0]:
         # without the condition, what does not depend on the tile is done in steps that have none: its padding, and

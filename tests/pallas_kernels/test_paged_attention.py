@@ -2,6 +2,7 @@
 worked by hand."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,53 @@ def test_a_sequence_that_is_not_finite_leaves_its_mates_alone(target: Target) ->
     assert np.isnan(output[40:68]).all(), "the tokens of sequence 4 that see token 40"
     mates = [0, 3, *range(68, len(output))]
     np.testing.assert_array_equal(output[mates], healthy[mates])
+
+
+@pytest.mark.parametrize("name", ["native_cpu", "xla", "reference"])
+def test_heads_can_be_split_over_devices_by_a_shard_map(name: str) -> None:
+    case = BatchCase(
+        name="", heads=HEAD_SHAPES["stories260k"], sequences=MIXED, window=40, has_sinks=True, key_chunk_tokens=32
+    )
+    batch = make_batch(case, name)
+    options = {key: option for key, option in batch.options.items() if key != "sinks"}
+
+    def attend(*operands: Any) -> tuple[jax.Array, Any]:
+        *arrays, sinks = operands
+        return paged_attention(*arrays, **options, sinks=sinks, implementation=name)
+
+    operands = (batch.query, batch.key, batch.value, batch.kv, batch.metadata, batch.options["sinks"])
+    mesh = jax.make_mesh((min(jax.device_count(), 2),), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec
+    by_head = split(None, "heads")
+    cache = split(None, None, None, "heads") if name == "reference" else by_head
+    specs = (by_head, by_head, by_head, cache, split(), split("heads"))
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(by_head, cache))
+    output, kv = jax.jit(sharded)(*operands)
+    expected, expected_kv = jax.jit(attend)(*operands)
+    np.testing.assert_allclose(output, expected, rtol=TOLERANCES["float32"], atol=TOLERANCES["float32"])
+    # block 0 is the null block: any padding row may be the one that stays there
+    jax.tree.map(lambda given, told: np.testing.assert_array_equal(given[1:], told[1:]), kv, expected_kv)
+
+
+@pytest.mark.parametrize("name", ["native_cpu", "xla", "reference"])
+def test_each_device_can_have_sequences_of_its_own_in_a_shard_map(name: str) -> None:
+    batch = make_batch(BatchCase(name="", heads=HEAD_SHAPES["stories260k"], sequences=MIXED), name)
+
+    def attend(operands: Any) -> jax.Array:
+        return paged_attention(*operands, **batch.options, implementation=name)[0]
+
+    def attend_first(operands: Any) -> jax.Array:
+        return attend(jax.tree.map(lambda leaf: leaf[0], operands))[None]
+
+    operands = (batch.query, batch.key, batch.value, batch.kv, batch.metadata)
+    num_devices = min(jax.device_count(), 2)
+    mesh = jax.make_mesh((num_devices,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    own = jax.sharding.PartitionSpec("device")
+    each = jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * num_devices), operands)
+    outputs = jax.jit(jax.shard_map(attend_first, mesh=mesh, in_specs=(own,), out_specs=own))(each)
+    expected = jax.jit(attend)(operands)
+    for output in outputs:
+        np.testing.assert_allclose(output, expected, rtol=TOLERANCES["float32"], atol=TOLERANCES["float32"])
 
 
 @each_target
