@@ -4,6 +4,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.prompts import Prompt, as_prompt_list
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.engine.turn import Turn
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.parameters import parameter_specs
@@ -96,8 +99,24 @@ def keep_compiles() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@dataclass(eq=False)
+class _OpenStream:
+    """A stream that was begun and has not ended."""
+
+    request_id: str
+    latest: RequestOutput | None = None
+    """What the caller has not seen yet; each holds all of the ones before it."""
+    is_finished: bool = False
+
+    def take(self) -> RequestOutput | None:
+        output, self.latest = self.latest, None
+        return output
+
+
 class LLM:
     """A loaded model and the engine that serves it.
+
+    Several threads may call it: their calls wait for one another, so many prompts are fastest in one call.
 
     Args:
         model: A Hugging Face folder (safetensors), a native folder, or "demo".
@@ -132,6 +151,8 @@ class LLM:
         self.load_s = time.perf_counter() - started
         self.warm_up_s = self.last_warm_up_s = 0.0
         self._show_progress = show_progress
+        self._turn = Turn()
+        self._open_stream: _OpenStream | None = None
         try:
             self.engine = Engine(module, model_config, config, shapes, plan, tokenizer=text)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -179,31 +200,51 @@ class LLM:
         if priority is not None and (not isinstance(priority, (list, tuple)) or len(priority) != len(texts)):
             raise ValueError(f"priority={priority!r} must be a list with one integer for each of {len(texts)} prompts")
         added: list[str] = []
-        try:
-            for index, (prompt, one) in enumerate(zip(texts, all_params, strict=True)):
-                try:
-                    added.append(
-                        self.engine.add_request(prompt, one, priority=0 if priority is None else priority[index])
-                    )
-                except ValueError as error:
-                    place = f"prompt {index}: " if len(texts) > 1 else ""
-                    raise ValueError(f"{place}{error}") from error
-            self.warm_up(added)
-            finished = self._run(added, use_tqdm)
-        finally:
-            self._abandon(added)
+        with self._driving():
+            try:
+                for index, (prompt, one) in enumerate(zip(texts, all_params, strict=True)):
+                    try:
+                        added.append(
+                            self.engine.add_request(prompt, one, priority=0 if priority is None else priority[index])
+                        )
+                    except ValueError as error:
+                        place = f"prompt {index}: " if len(texts) > 1 else ""
+                        raise ValueError(f"{place}{error}") from error
+                self._warm_up(added)
+                finished = self._run(added, use_tqdm)
+            finally:
+                self._abandon(added)
         return [finished[request_id] for request_id in added]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding its output so far after every step that added to it."""
+        """Complete one prompt, yielding its output so far after every step that added to it.
+
+        It does not keep other calls waiting between its outputs: one that comes then first runs this request to its
+        end, which is the next output here. A stream that is dropped or closed ends its request.
+        """
         (one,) = self._params_per_prompt(params, 1)
-        request_id = self.engine.add_request(prompt, one, is_streamed=True)
+        with self._driving():
+            request_id = self.engine.add_request(prompt, one, is_streamed=True)
+            stream = self._open_stream = _OpenStream(request_id)
+            try:
+                self._warm_up([request_id])
+            except BaseException:
+                self._cut_short(stream)
+                raise
         try:
-            self.warm_up([request_id])
-            while self.engine.has_unfinished:
-                yield from self.engine.step()
+            while stream.latest is not None or not stream.is_finished:
+                if not stream.is_finished:
+                    with self._driving(stream):
+                        if not stream.is_finished:
+                            self._advance(stream)
+                if (output := stream.take()) is not None:
+                    yield output
         finally:
-            self._abandon([request_id])
+            if not stream.is_finished:
+                # where the turn is taken, whoever has it runs this stream to its end just now
+                with self._turn.if_free() as is_free:
+                    if is_free and not stream.is_finished:
+                        self._cut_short(stream)
 
     def chat(
         self,
@@ -249,6 +290,10 @@ class LLM:
 
     def warm_up(self, request_ids: Iterable[str] | None = None) -> None:
         """Compile the buckets that these requests can reach (every bucket if None), with a progress bar."""
+        with self._driving():
+            self._warm_up(request_ids)
+
+    def _warm_up(self, request_ids: Iterable[str] | None) -> None:
         started = time.perf_counter()
         engine = self.engine
         buckets = engine.buckets_for(request_ids)
@@ -274,7 +319,35 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False, and nothing done, while requests run."""
-        return self.engine.reset_prefix_cache()
+        with self._turn.if_free() as is_free:
+            return is_free and self.engine.reset_prefix_cache()
+
+    @contextmanager
+    def _driving(self, stream: _OpenStream | None = None) -> Iterator[None]:
+        """The engine for one call, with no requests in it but those of `stream`."""
+        with self._turn.taken():
+            other = self._open_stream
+            if other is not None and other is not stream:
+                try:
+                    while not other.is_finished:
+                        self._advance(other)
+                except BaseException:
+                    self._cut_short(other)
+                    raise
+            yield
+
+    def _advance(self, stream: _OpenStream) -> None:
+        for output in self.engine.step():
+            stream.latest = output
+        if not self.engine.has_unfinished:
+            self._open_stream = None
+            stream.is_finished = True  # last: from here on another thread may take the output
+
+    def _cut_short(self, stream: _OpenStream) -> None:
+        """After an error, an interrupt or the caller's loss of interest: end it, so that its blocks come back."""
+        self.engine.abort(stream.request_id)
+        while not stream.is_finished:
+            self._advance(stream)
 
     def _params_per_prompt(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int

@@ -53,7 +53,7 @@ class _Live:
 
 
 class Engine:
-    """Serves one model. Not thread-safe: one thread owns it.
+    """Serves one model. Not thread-safe: one thread at a time drives it (see `turn.Turn`).
 
     Args:
         tokenizer: May be None; then prompts must be token ids and nothing is detokenized.
