@@ -13,12 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from converters.llama import CONFIG_NAMES as LLAMA_CONFIG_NAMES
-from converters.llama import as_list
 from converters.llama import rules as llama_rules
 from converters.llama import translate as translate_llama
 from converters.rules import Assignment, Ignore, Plan, Rule, make_plan
 from jaxpaged.models import checkpoint
-from jaxpaged.models.config import GenerationDefaults, ModelConfig
+from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.llama import LlamaForCausalLM
 from jaxpaged.models.parameters import fill, parameter_specs
 from jaxpaged.models.registry import build_abstract
@@ -123,7 +122,8 @@ def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]
         except ValueError as error:
             message = ARCHITECTURES[name].in_words_of_the_file(error)
             raise ValueError(f"{source / 'config.json'}: {message}") from error
-        config = _with_generation_tokens(source, config)
+        checkpoint.read_generation_defaults(source)  # a bad one is refused here, not by the one who loads the copy
+        config = checkpoint.with_stop_tokens(source, config)
         plan = make_plan(
             ARCHITECTURES[name].rules(config),
             {tensor: spec.shape for tensor, spec in tensors.specs.items()},
@@ -153,22 +153,6 @@ def _architecture_name(source: Path, values: Mapping[str, Any]) -> str:
     if isinstance(model_type, str) and NAME_OF_MODEL_TYPE.get(model_type) != name:
         raise ValueError(f"{source / 'config.json'}: model_type={model_type!r} does not go with {names!r}")
     return name
-
-
-def _with_generation_tokens(source: Path, config: ModelConfig) -> ModelConfig:
-    """Return the config with the stop tokens of generation_config.json, where it names some: they win."""
-    path = source / checkpoint.GENERATION_FILE
-    if not path.is_file():
-        return config
-    values = read_json(path)
-    eos_token_id = values.get("eos_token_id")
-    try:
-        GenerationDefaults.from_generation_config(values)
-        if eos_token_id is None:
-            return config
-        return ModelConfig.from_json(config.as_json() | {"eos_token_ids": as_list(eos_token_id)})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_ignored(source: Path, plan: Plan, tensors: TensorFolder) -> None:

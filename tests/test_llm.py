@@ -1,14 +1,17 @@
 """LLM, on the demo model and on a real trained checkpoint."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from converters import convert
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
 from jaxpaged.engine.engine import Engine
-from jaxpaged.llm import engine_config_from
+from jaxpaged.llm import DEMO_FOLDER, engine_config_from
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
 
@@ -203,6 +206,20 @@ def test_what_cannot_be_served_is_refused_before_a_weight_is_read(monkeypatch, o
     monkeypatch.setattr("jaxpaged.llm.load_huggingface", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=match):
         LLM("demo", show_progress=False, **options)
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize(("field", "value"), [("temperature", -5), ("eos_token_id", 99999), ("eos_token_id", "x")])
+def test_a_bad_generation_config_is_refused_at_load_by_file_field_and_value(tmp_path, field, value, is_native):
+    folder = tmp_path / "model"
+    if is_native:
+        convert(DEMO_FOLDER, folder, show_progress=False)
+    else:
+        shutil.copytree(DEMO_FOLDER, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({field: value}))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {field}={value!r}')} .*correct it there"):
+        LLM(folder, show_progress=False)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@
 an index; tokenizer files and generation_config.json stand beside them as they came.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -24,6 +26,7 @@ FORMAT = "jaxpaged"
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+GENERATION_REMEDY = "correct it there, or take the field out to go without it"
 COMPANION_FILES = (
     GENERATION_FILE,
     "tokenizer.json",
@@ -54,13 +57,45 @@ def is_native(folder: Path) -> bool:
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Return what the folder's generation_config.json recommends; all None where there is no such file."""
+    """Return what the folder's generation_config.json recommends; all None where there is no such file.
+
+    ValueError naming file, field and value for what no request could use.
+    """
+    values = _read_generation_config(folder)
+    try:
+        return GenerationDefaults.from_generation_config(values)
+    except ValueError as error:
+        raise ValueError(f"{folder / GENERATION_FILE}: {error}; {GENERATION_REMEDY}") from error
+
+
+def with_stop_tokens(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Return the config with the stop tokens of the folder's generation_config.json, where it names some: they win.
+
+    ValueError naming file, field and value for what is no token of the vocabulary.
+    """
+    found = _read_generation_config(folder).get("eos_token_id")
+    if found is None:
+        return config
+    token_ids = found if isinstance(found, list) else [found]
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+            raise ValueError(
+                f"{folder / GENERATION_FILE}: eos_token_id={repr(token_id)[:80]} must be a token id from 0 to "
+                f"{config.vocab_size - 1}, or a list of them; {GENERATION_REMEDY}"
+            )
+    return dataclasses.replace(config, eos_token_ids=tuple(token_ids))
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / GENERATION_FILE
-    return GenerationDefaults.from_generation_config(read_json(path) if path.is_file() else {})
+    return read_json(path) if path.is_file() else {}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the facts of a native checkpoint; ValueError naming the file for anything else."""
+    """Return the facts of a native checkpoint, with the stop tokens of its generation_config.json where it names some.
+
+    ValueError naming the file for anything else.
+    """
     path = folder / CONFIG_FILE
     values = read_json(path)
     if values.pop("format", None) != FORMAT:
@@ -70,9 +105,10 @@ def read_config(folder: Path) -> ModelConfig:
             f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}: convert it again"
         )
     try:
-        return ModelConfig.from_json(values)
+        config = ModelConfig.from_json(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return with_stop_tokens(folder, config)
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from jaxpaged.layers.rope import (
     parse_rope_scaling,
     rope_scaling_as_json,
 )
+from jaxpaged.sampling_params import SamplingParams
 
 DTYPES = ("float32", "bfloat16")
 """What weights may be kept as. float16 checkpoints are widened to float32 or rounded to bfloat16 when converted."""
@@ -170,11 +171,16 @@ class GenerationDefaults:
 
     @classmethod
     def from_generation_config(cls, values: Mapping[str, Any]) -> "GenerationDefaults":
-        """Return the defaults in a Hugging Face generation_config.json; other keys do not concern sampling here."""
+        """Return the defaults in a Hugging Face generation_config.json; other keys do not concern sampling here.
+
+        ValueError with the field, its value and what is allowed for one that no request could use.
+        """
         names = {field.name: field.name for field in dataclasses.fields(cls)} | {"max_tokens": "max_new_tokens"}
         chosen: dict[str, Any] = {}
         for ours, theirs in names.items():
             if values.get(theirs) is not None:
-                parse = parse_integer if ours in ("top_k", "max_tokens") else parse_number
-                chosen[ours] = parse(f"generation_config.json: {theirs}", values[theirs])
+                try:
+                    chosen[ours] = getattr(SamplingParams(**{ours: values[theirs]}), ours)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(ours, theirs, 1)) from error
         return cls(**chosen)

@@ -186,6 +186,10 @@ FAULTS = {
     "unlisted": (edit_index(lambda m: m.pop(NORM)), NORM),
     "empty index": (edit_index(lambda m: m.clear()), f"{INDEX}: has no weight_map"),
     "generation": (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 999}'), "999"),
+    "generation default": (
+        lambda folder: (folder / "generation_config.json").write_text('{"temperature": -5}'),
+        "generation_config.json: temperature=-5",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """The native format: bit-exact, complete or absent, each parameter filled exactly once."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -77,6 +78,25 @@ def test_tokenizer_files_travel_along(tmp_path, model):
     assert checkpoint.read_generation_defaults(tmp_path / "native").temperature == 0.5
     assert checkpoint.is_native(tmp_path / "native")
     assert not checkpoint.is_native(tmp_path)
+
+
+def test_the_stop_tokens_of_the_generation_config_win_in_a_native_folder_too(tmp_path, model):
+    checkpoint.save(tmp_path, CONFIG, model)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert checkpoint.load(tmp_path)[0].eos_token_ids == (3, 5)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert checkpoint.load(tmp_path)[0].eos_token_ids == CONFIG.eos_token_ids
+
+
+@pytest.mark.parametrize("token_id", ["x", 99999, -1, True, 1.5, [1, "x"]])
+def test_a_stop_token_that_is_none_is_refused_by_file_field_and_value(tmp_path, model, token_id):
+    checkpoint.save(tmp_path, CONFIG, model)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": token_id}))
+    bad = token_id[1] if isinstance(token_id, list) else token_id
+    told = f"{path}: eos_token_id={bad!r} must be a token id from 0 to {CONFIG.vocab_size - 1}"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}.*take the field out"):
+        checkpoint.read_config(tmp_path)
 
 
 def broken(folder, change):

@@ -84,3 +84,19 @@ def test_generation_defaults_hold_what_the_file_sets_and_nothing_else():
     assert GenerationDefaults.from_generation_config({}).as_dict() == {}
     with pytest.raises(ValueError, match="top_p='0.9'"):
         GenerationDefaults.from_generation_config({"top_p": "0.9"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("temperature", -5, "a number from 0 to 100"),
+        ("top_p", 0, "above 0 and at most 1"),
+        ("top_k", "a", "a positive integer"),
+        ("min_p", float("nan"), "a number from 0 to 1"),
+        ("repetition_penalty", 0, "a number from 0.0001"),
+        ("max_new_tokens", 0, "an integer from 1"),
+    ],
+)
+def test_a_generation_default_that_no_request_could_use_is_refused_by_its_name_in_the_file(field, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{field}={value!r} .*{allowed}"):
+        GenerationDefaults.from_generation_config({field: value})
