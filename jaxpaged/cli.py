@@ -271,6 +271,7 @@ def _chat(options: argparse.Namespace, started: float) -> int:
         raise ValueError(
             f"model {options.model!r} has no chat template: use `jaxpaged generate`, or a model that was tuned to chat"
         )
+    max_model_len = llm.engine.max_model_len
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -280,9 +281,43 @@ def _chat(options: argparse.Namespace, started: float) -> int:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        prompt = {"prompt_token_ids": tokenizer.encode_chat(messages, add_generation_prompt=True)}
-        output = _print_stream(llm, prompt, params, is_echoed=False)
+        kept, prompt_token_ids = _fit_conversation(tokenizer, messages, max_model_len, options.max_tokens)
+        if len(prompt_token_ids) >= max_model_len:
+            print(
+                f"jaxpaged: this message does not fit into the model's context: with what stands around it, it has "
+                f"{len(prompt_token_ids)} tokens, and max_model_len is {max_model_len}; send a shorter one",
+                file=sys.stderr,
+            )
+            del messages[-1]
+            continue
+        if len(kept) < len(messages):
+            turns = (len(messages) - len(kept)) // 2
+            print(
+                f"jaxpaged: the conversation has outgrown the model's context (max_model_len={max_model_len}): its "
+                f"oldest {'turn is' if turns == 1 else f'{turns} turns are'} forgotten",
+                file=sys.stderr,
+            )
+        messages = kept
+        output = _print_stream(llm, {"prompt_token_ids": prompt_token_ids}, params, is_echoed=False)
         messages.append({"role": "assistant", "content": output.outputs[0].text})
+
+
+def _fit_conversation(
+    tokenizer: Any, messages: list[dict[str, str]], max_model_len: int, max_tokens: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation without its oldest turns where it has outgrown the context, and its token ids.
+
+    The system message and the last message stay, whether or not they fit. The answer is left `max_tokens`, or half
+    the context if that is less.
+    """
+    room = max_model_len - min(max_tokens, max_model_len // 2)
+    num_system = 1 if messages[0]["role"] == "system" else 0
+    for start in range(num_system, len(messages), 2):
+        kept = messages[:num_system] + messages[start:]
+        prompt_token_ids = tokenizer.encode_chat(kept, add_generation_prompt=True)
+        if len(prompt_token_ids) <= room:
+            break
+    return kept, prompt_token_ids
 
 
 def _convert(options: argparse.Namespace, started: float) -> int:

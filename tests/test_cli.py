@@ -1,10 +1,12 @@
 """The command line, in this process and as users run it."""
 
+import io
 import subprocess
 import sys
 
 import pytest
 
+from jaxpaged import LLM
 from jaxpaged.cli import main
 
 
@@ -44,6 +46,50 @@ def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
     assert code == 0
     assert captured.out.count("---") == 4
     assert "tok/s" in captured.err
+
+
+def prompts_seen(monkeypatch):
+    """The prompts that reach the engine from here on, as text."""
+    seen, stream = [], LLM.stream
+
+    def spied(llm, prompt, params):
+        seen.append(llm.engine.tokenizer.decode(prompt["prompt_token_ids"]))
+        return stream(llm, prompt, params)
+
+    monkeypatch.setattr(LLM, "stream", spied)
+    return seen
+
+
+def test_a_chat_that_outgrows_the_context_forgets_its_oldest_turns_and_goes_on(monkeypatch, capsys):
+    seen = prompts_seen(monkeypatch)
+    said = [f"Good morrow, number {number}." for number in range(8)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(said)))
+    code = main(["chat", "--quiet", "--system", "A room in the castle.", "--max-tokens", "16", "--max-model-len", "128",
+                 "--max-num-seqs", "1"])
+    captured = capsys.readouterr()
+    assert code == 0
+    assert "outgrown the model's context (max_model_len=128): its oldest turn is forgotten\n" in captured.err
+    assert len(seen) == len(said)
+    for line, prompt in zip(said, seen, strict=True):
+        assert "A room in the castle." in prompt
+        assert line in prompt
+    assert said[0] not in seen[-1]
+    assert said[6] in seen[-1]
+
+
+def test_a_message_that_cannot_fit_is_one_line_and_the_chat_goes_on_with_its_memory(monkeypatch, capsys):
+    seen = prompts_seen(monkeypatch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("First.\n" + "Too long. " * 200 + "\nLast.\n"))
+    code = main(["chat", "--quiet", "--max-tokens", "8", "--max-model-len", "128", "--max-num-seqs", "1"])
+    errors = capsys.readouterr().err.splitlines()
+    assert code == 0
+    assert len(errors) == 1
+    assert "this message does not fit" in errors[0]
+    assert "max_model_len is 128" in errors[0]
+    assert len(seen) == 2
+    assert "First." in seen[1]
+    assert "Last." in seen[1]
+    assert "Too long" not in seen[1]
 
 
 def test_a_bad_value_on_the_command_line_is_one_line(capsys):
