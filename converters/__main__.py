@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from converters.huggingface import convert
 from jaxpaged.models.config import DTYPES
@@ -14,8 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m converters", description="Convert a Hugging Face folder (safetensors) to a native checkpoint."
     )
-    parser.add_argument("source", type=Path, help="the Hugging Face folder")
-    parser.add_argument("target", type=Path, help="the folder to write; it appears complete or not at all")
+    parser.add_argument("source", help="the Hugging Face folder")
+    parser.add_argument("target", help="the folder to write; it appears complete or not at all")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="what to keep weights as (default: as they are)")
     parser.add_argument("--overwrite", action="store_true", help="replace a native checkpoint that is there already")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")

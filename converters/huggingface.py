@@ -21,7 +21,7 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.llama import LlamaForCausalLM
 from jaxpaged.models.parameters import fill, parameter_specs
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.models.tensor_files import TensorFolder, read_json
+from jaxpaged.models.tensor_files import TensorFolder, read_json, remove_dead_partials
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class ConversionReport:
     """Source tensors left out, and why."""
     weight_files: tuple[str, ...]
     copied_files: tuple[str, ...]
+    removed_folders: tuple[Path, ...]
+    """What conversions to the same target had left that were killed."""
     duration_s: float
 
     def __str__(self) -> str:
@@ -79,6 +81,7 @@ class ConversionReport:
             *(("ignored", f"{name}: {because}") for name, because in self.ignored[:8]),
             *([("ignored", f"and {len(self.ignored) - 8} more")] if len(self.ignored) > 8 else []),
             ("copied", ", ".join(self.copied_files) or "nothing"),
+            *(("removed", f"{path}: left by a conversion that was killed") for path in self.removed_folders),
             ("seconds", f"{self.duration_s:.1f}"),
         ]
         return "\n".join(f"{label:<16} {text}" for label, text in rows)
@@ -203,16 +206,20 @@ def convert(
 ) -> ConversionReport:
     """Write the Hugging Face folder `source` as a native checkpoint `target`, and return what was done.
 
-    `target` appears complete or not at all. Tokenizer files and generation_config.json are copied along, code never.
-    Whatever is wrong raises ValueError naming file and tensor.
+    `target` appears complete or not at all; what a killed conversion to it left is removed. Tokenizer files and
+    generation_config.json are copied along, code never. Whatever is wrong raises ValueError naming file and tensor.
     """
     started = time.perf_counter()
+    for name, path in (("source", source), ("target", target)):
+        if not str(path).strip():
+            raise ValueError(f"the {name} is empty: give the path of a folder")
     source, target = Path(source), Path(target)
     checkpoint.check_target(target, overwrite=overwrite)
     companions = {name: source / name for name in checkpoint.COMPANION_FILES if (source / name).is_file()}
     with open_checkpoint(source, dtype) as opened:
         assignments = {assignment.target: assignment for assignment in opened.plan.assignments}
         num_bytes = 0
+        removed_folders = remove_dead_partials(target.absolute())
         with tqdm(total=len(assignments), unit="tensor", desc="converting", disable=not show_progress) as bar:
 
             def read(name: str) -> np.ndarray:
@@ -246,5 +253,6 @@ def convert(
             ignored=tuple((name, rule.because) for name, rule in opened.plan.ignored),
             weight_files=files,
             copied_files=tuple(companions),
+            removed_folders=removed_folders,
             duration_s=time.perf_counter() - started,
         )

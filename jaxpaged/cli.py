@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from jaxpaged.config import OPTIONS
@@ -325,7 +324,7 @@ def _convert(options: argparse.Namespace, started: float) -> int:
     from jaxpaged.llm import resolve_folder  # noqa: PLC0415
 
     source = resolve_folder(options.source)
-    report = convert(source, Path(options.target), dtype=options.dtype, overwrite=options.overwrite)
+    report = convert(source, options.target, dtype=options.dtype, overwrite=options.overwrite)
     print(report)
     return 0
 

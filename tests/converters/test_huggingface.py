@@ -16,6 +16,7 @@ from converters import convert, load_huggingface
 from converters.__main__ import main
 from jaxpaged.models import checkpoint
 from jaxpaged.models.parameters import parameter_arrays
+from jaxpaged.models.tensor_files import remove_dead_partials
 
 CASE = "gqa_tied"
 INDEX = "model.safetensors.index.json"
@@ -238,6 +239,74 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(checkpoint.TensorFolder, "read", read)
     assert main([str(source), str(tmp_path / "native"), "--quiet"]) != 0
     assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+KILLED_HALF_WAY = """
+import os, signal, sys
+from converters import convert
+from jaxpaged.models.tensor_files import TensorFolder
+read, names = TensorFolder.read, []
+def read_three(self, name):
+    names.append(name)
+    if len(names) > 3:
+        {then}
+    return read(self, name)
+TensorFolder.read = read_three
+convert(sys.argv[1], sys.argv[2], show_progress=False)
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+WAIT = "print('waits', flush=True); sys.stdin.readline()"
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one_and_told(tmp_path):
+    source, target = write_case(tmp_path / "hf", CASE), tmp_path / "native"
+    command = [sys.executable, "-c", KILLED_HALF_WAY.format(then=KILL), source, target]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -9
+    (left,) = tmp_path.glob(".native.partial-*")
+    other = tmp_path / ".native2.partial-0123456789ab"
+    other.mkdir()
+    report = convert(source, target, show_progress=False)
+    assert report.removed_folders == (left,)
+    assert f"{left}: left by a conversion that was killed" in str(report)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "native", other.name}
+    checkpoint.load(target)
+
+
+def test_a_conversion_that_still_runs_keeps_its_partial_folder(tmp_path):
+    source, target = write_case(tmp_path / "hf", CASE), tmp_path / "native"
+    command = [sys.executable, "-c", KILLED_HALF_WAY.format(then=WAIT), source, target]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "waits\n"
+        (partial,) = tmp_path.glob(".native.partial-*")
+        assert remove_dead_partials(target) == ()
+        assert partial.is_dir()
+        running.communicate("\n" * 100, timeout=60)
+    assert running.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "native"}
+
+
+def test_a_folder_that_is_not_ours_is_never_taken_for_a_dead_partial(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".native.partial-0123456789ab").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".native.partial-notes").mkdir()
+    (tmp_path / ".native.partial-0123456789ac" / "folder").mkdir(parents=True)
+    (tmp_path / ".native.partial-0123456789ad").write_text("a file")
+    before = sorted(tmp_path.iterdir())
+    assert remove_dead_partials(tmp_path / "native") == ()
+    assert sorted(tmp_path.iterdir()) == before
+    assert remove_dead_partials(tmp_path / "no" / "native") == ()
+
+
+def test_an_empty_source_or_target_is_named(tmp_path, capsys, monkeypatch):
+    source = write_case(tmp_path / "hf", CASE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the target is empty: give the path"):
+        convert(source, "", show_progress=False)
+    assert main(["", "native"]) == 1
+    assert "the source is empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
