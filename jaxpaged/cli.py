@@ -2,18 +2,17 @@
 
 import argparse
 import dataclasses
+import importlib
 import importlib.metadata
 import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from jaxpaged.config import OPTIONS
+from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.sampling_params import SamplingParams
 
 DEFAULT_PROMPT = "ROMEO:\n"
@@ -30,56 +29,42 @@ SAMPLING_FLAGS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code. A ValueError becomes one line and exit code 2."""
+    """Run one verb; returns the exit code. A ValueError becomes one line and exit code 2, an OSError one and 1."""
     started = time.perf_counter()
-    parser = make_parser()
-    options = parser.parse_args(arguments)
     try:
+        with exiting_interrupts():
+            options = make_parser().parse_args(arguments)
+            importlib.import_module(options.module)  # the verb's imports, while an interrupt ends them well
         with insistent_interrupts():
-            return options.run(options, started)
+            code = options.run(options, started)
+            if sys.stdout is not None:  # which it is where stdout was closed
+                sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
+            return code
     except ValueError as error:
         print(f"jaxpaged: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxpaged: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # the reader went away: let the interpreter not complain again when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _drop_output()
+        reason = error.strerror or error
+        if isinstance(error, BrokenPipeError):
+            reason = "the reader of the output has gone"
+        elif error.filename is None:
+            reason = f"the output cannot be written: {reason}"
+        else:
+            reason = f"{error.filename}: {reason}"
+        print(f"jaxpaged: error: {reason}", file=sys.stderr)
         return 1
 
 
-@contextmanager
-def insistent_interrupts() -> Iterator[None]:
-    """Ctrl-C in this block raises KeyboardInterrupt, and again every second until the block is left.
-
-    The interpreter prints and swallows one that comes while a destructor or a callback of compiled code runs, and a
-    single one might so be lost.
-    """
-    is_ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        and hasattr(signal, "setitimer")
-    )
-    if not is_ours:
-        yield
-        return
-    replaced: list[Any] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        if not replaced:
-            replaced.append(signal.signal(signal.SIGALRM, interrupt))
-        signal.setitimer(signal.ITIMER_REAL, 1.0)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+def _drop_output() -> None:
+    """Where stdout takes no more, let the interpreter not complain again when it flushes what is left."""
     try:
-        yield
-    finally:
-        if replaced:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, replaced[0])
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,11 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=f"default: {DEFAULT_PROMPT!r}")
     generate.add_argument("--no-echo", action="store_true", help="print only what was generated, not the prompt")
     generate.add_argument("--stop", action="append", help="end at this string; may be given again")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, module="jaxpaged.llm")
 
     chat = verbs.add_parser("chat", help="talk with a model that has a chat template")
     chat.add_argument("--system", help="system message")
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_chat, module="jaxpaged.llm")
 
     for verb in (generate, chat):
         verb.add_argument("--verbose", action="store_true", help="print where the time went")
@@ -112,15 +97,15 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to store (default: the checkpoint's)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run=_convert, module="jaxpaged.llm")
 
     plan = verbs.add_parser("plan", help="weights, KV blocks and activations against the device, before loading")
     plan.add_argument("model_name", metavar="MODEL")
     _add_engine_flags(plan, with_model=False)
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, module="jaxpaged.llm")
 
     info = verbs.add_parser("info", help="versions, devices, and which attention kernels are usable and why")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_info, module="pallas_kernels")
     return parser
 
 

@@ -27,10 +27,12 @@ FLOORS = (  # a room, its floor; the longest prefix counts
     ("jaxpaged.llm", 6),
     ("jaxpaged.server", 6),
     ("jaxpaged.cli", 7),
+    ("jaxpaged.interrupts", 7),
     ("bench", 7),
     ("jaxpaged", 8),
 )
 LAZY = {  # function bodies that may import, and what: optional extras, slow imports (a verb, Pallas), tokenizers
+    "jaxpaged.__main__": {"jaxpaged"},
     "jaxpaged.cli": None,
     "jaxpaged.engine.tokenizer": {"transformers"},
     "pallas_kernels.paged_attention.api": {"pallas_kernels"},

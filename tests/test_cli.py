@@ -1,6 +1,7 @@
 """The command line, in this process and as users run it."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -116,7 +117,7 @@ def test_the_demo_model_can_be_converted_by_its_name(tmp_path, capsys):
 def test_an_interrupt_swallowed_by_a_destructor_comes_again():
     code = """
 import os, signal, time
-from jaxpaged.cli import insistent_interrupts
+from jaxpaged.interrupts import insistent_interrupts
 class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -133,3 +134,62 @@ print("end")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split("\n") == ["went on", "interrupted", "end", ""]
+
+
+@pytest.mark.parametrize("module", ["jaxpaged.cli", "jax", "jaxlib._jax", "jaxpaged.llm"])
+def test_an_interrupt_during_the_imports_is_one_line_and_130(module):
+    code = f"""
+import os, signal, sys
+class Interrupts:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts)
+from jaxpaged.__main__ import main
+sys.argv = ["jaxpaged", "plan", "demo"]
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "jaxpaged: interrupted\n")
+
+
+def test_an_interrupt_in_a_callback_that_would_print_it_comes_a_little_later():
+    code = """
+import gc, os, signal, sys, time
+from jaxpaged.interrupts import insistent_interrupts
+def _xla_gc_callback(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+gc.callbacks.append(_xla_gc_callback)
+try:
+    with insistent_interrupts():
+        gc.collect()
+        gc.callbacks.clear()
+        time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert done.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "demo"], ["generate", "hi", "--max-tokens", "2", "--quiet", "--max-num-seqs", "1"]]
+)
+@pytest.mark.parametrize("output", ["full", "closed pipe"])
+def test_output_that_cannot_be_written_is_one_line_and_exit_code_1(arguments, output):
+    if output == "full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full here")
+        stdout, told = os.open("/dev/full", os.O_WRONLY), "the output cannot be written: No space left on device"
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+        told = "the reader of the output has gone"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxpaged", *arguments],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+        )
+    finally:
+        os.close(stdout)
+    assert (done.returncode, done.stderr) == (1, f"jaxpaged: error: {told}\n")
