@@ -15,7 +15,7 @@ from jaxpaged.config import OPTIONS
 from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.sampling_params import SamplingParams
 
-DEFAULT_PROMPT = "ROMEO:\n"
+STDIN = "-"
 SAMPLING_FLAGS = {
     "n": (int, 1, "samples per prompt"),
     "max_tokens": (int, 64, "most tokens to generate"),
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     generate = verbs.add_parser("generate", help="complete prompts")
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help=f"default: {DEFAULT_PROMPT!r}")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to go on with; - or none: that on stdin")
     generate.add_argument("--no-echo", action="store_true", help="print only what was generated, not the prompt")
     generate.add_argument("--stop", action="append", help="end at this string; may be given again")
     generate.set_defaults(run=_generate, module="jaxpaged.llm")
@@ -170,8 +170,8 @@ def _load(options: argparse.Namespace, started: float) -> tuple[Any, float]:
 
 def _generate(options: argparse.Namespace, started: float) -> int:
     params = _sampling_params(options)  # a bad value is refused before anything is loaded
+    prompts = _read_prompts(options.prompts)
     llm, imports_s = _load(options, started)
-    prompts = options.prompts or [DEFAULT_PROMPT]
     ready = time.perf_counter()
     if len(prompts) == 1 and params.n == 1:
         outputs = [_print_stream(llm, prompts[0], params, is_echoed=not options.no_echo)]
@@ -187,6 +187,25 @@ def _generate(options: argparse.Namespace, started: float) -> int:
     if options.verbose:
         _print_times(llm, outputs, imports_s, ready - started, started)
     return 1 if any(done.finish_reason == "error" for output in outputs for done in output.outputs) else 0
+
+
+def _read_prompts(given: Sequence[str]) -> list[str]:
+    """The prompts of the command line, with the text on stdin where one is "-" or none is given and it is piped in."""
+    if given.count(STDIN) > 1:
+        raise ValueError(f"stdin can be one prompt, but {STDIN} was given {given.count(STDIN)} times")
+    if given and STDIN not in given:
+        return list(given)
+    remedy = 'give one, as in `jaxpaged generate "ROMEO:"`, or pipe one in, as in `echo ROMEO: | jaxpaged generate`'
+    if sys.stdin is None or (sys.stdin.isatty() and not given):
+        raise ValueError(f"there is no prompt: {remedy}")
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not text in {error.encoding}: {error.reason}") from error
+    text = text.removesuffix("\n").removesuffix("\r")  # the end of a line, which every tool adds
+    if not text:
+        raise ValueError(f"there is no prompt, and stdin is empty: {remedy}")
+    return [text if prompt == STDIN else prompt for prompt in given or [STDIN]]
 
 
 def _print_stream(llm: Any, prompt: Any, params: SamplingParams, *, is_echoed: bool) -> Any:

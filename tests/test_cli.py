@@ -49,6 +49,50 @@ def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
     assert "tok/s" in captured.err
 
 
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_a_prompt_comes_from_stdin_where_none_is_given(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("KING:\nMy lord\n"))
+    options = ["--quiet", "--max-tokens", "4", "--max-num-seqs", "1"]
+    assert main(["generate", *arguments, *options]) == 0
+    piped = capsys.readouterr().out
+    assert piped.startswith("KING:\nMy lord")
+    assert not piped.startswith("KING:\nMy lord\n")
+    assert main(["generate", "KING:\nMy lord", *options]) == 0
+    assert capsys.readouterr().out == piped
+
+
+def test_stdin_is_one_prompt_among_others(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("KING:\n"))
+    assert main(["generate", "ROMEO:", "-", "--quiet", "--max-tokens", "2", "--max-num-seqs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "ROMEO:" in printed
+    assert "KING:" in printed
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "told"),
+    [
+        ([], Terminal("typed"), "there is no prompt: give one"),
+        ([], None, "there is no prompt: give one"),
+        ([], io.StringIO(""), "there is no prompt, and stdin is empty: give one"),
+        (["-", "-"], io.StringIO("x"), "- was given 2 times"),
+        ([], io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"), "not text in utf-8"),
+    ],
+    ids=["terminal", "closed", "empty", "twice", "not text"],
+)
+def test_no_prompt_is_one_line_with_a_hint(arguments, stdin, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr("jaxpaged.llm.LLM", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert main(["generate", *arguments]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert told in error
+
+
 def prompts_seen(monkeypatch):
     """The prompts that reach the engine from here on, as text."""
     seen, stream = [], LLM.stream
