@@ -1,14 +1,14 @@
 """The command line: jaxpaged generate | chat | convert | plan | info. A verb imports what it needs when it runs."""
 
 import argparse
-import dataclasses
 import importlib
 import importlib.metadata
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from jaxpaged.config import OPTIONS
@@ -24,7 +24,13 @@ SAMPLING_FLAGS = {
     "top_k": (int, 0, "keep this many of the most likely tokens; 0 is off"),
     "min_p": (float, 0.0, "keep tokens at least this fraction as likely as the likeliest"),
     "repetition_penalty": (float, 1.0, "above 1 discourages repetition"),
-    "seed": (int, None, "same seed, same text"),
+    "seed": (int | None, None, "same seed, same text"),
+}
+NO_FLAGS = ("seed", "max_logprobs")
+"""Engine options without a flag: a generation's seed is a sampling flag, and no verb prints log-probabilities."""
+VLLM_FLAGS = {
+    "gpu_memory_utilization": "vLLM's name of --device-memory-fraction",
+    "swap_space": "vLLM's name of --host-memory-bytes, in GiB",
 }
 
 
@@ -74,14 +80,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxpaged {importlib.metadata.version('jaxpaged')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    # an abbreviation would change its meaning with every new flag
+    add_verb = partial(verbs.add_parser, allow_abbrev=False)
 
-    generate = verbs.add_parser("generate", help="complete prompts")
+    generate = add_verb("generate", help="complete prompts")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to go on with; - or none: that on stdin")
     generate.add_argument("--no-echo", action="store_true", help="print only what was generated, not the prompt")
     generate.add_argument("--stop", action="append", help="end at this string; may be given again")
     generate.set_defaults(run=_generate, module="jaxpaged.llm")
 
-    chat = verbs.add_parser("chat", help="talk with a model that has a chat template")
+    chat = add_verb("chat", help="talk with a model that has a chat template")
     chat.add_argument("--system", help="system message")
     chat.set_defaults(run=_chat, module="jaxpaged.llm")
 
@@ -89,22 +97,25 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_argument("--verbose", action="store_true", help="print where the time went")
         verb.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
         for name, (kind, default, text) in SAMPLING_FLAGS.items():
-            verb.add_argument(_flag(name), type=kind, default=default, help=f"{text} (default: {default})")
+            if name != "n" or verb is generate:  # a conversation has one answer
+                verb.add_argument(
+                    _flag(name), type=_kind(kind)[0], default=default, help=f"{text} (default: {default})"
+                )
         _add_engine_flags(verb)
 
-    convert = verbs.add_parser("convert", help="convert a Hugging Face folder to the native format")
+    convert = add_verb("convert", help="convert a Hugging Face folder to the native format")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to store (default: the checkpoint's)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.set_defaults(run=_convert, module="jaxpaged.llm")
 
-    plan = verbs.add_parser("plan", help="weights, KV blocks and activations against the device, before loading")
+    plan = add_verb("plan", help="weights, KV blocks and activations against the device, before loading")
     plan.add_argument("model_name", metavar="MODEL")
     _add_engine_flags(plan, with_model=False)
     plan.set_defaults(run=_plan, module="jaxpaged.llm")
 
-    info = verbs.add_parser("info", help="versions, devices, and which attention kernels are usable and why")
+    info = add_verb("info", help="versions, devices, and which attention kernels are usable and why")
     info.set_defaults(run=_info, module="pallas_kernels")
     return parser
 
@@ -119,8 +130,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser, *, with_model: bool = Tru
         parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
     group = parser.add_argument_group("engine")
     for option in OPTIONS:
-        if option.name == "seed":
-            continue  # a generation's seed is a sampling flag
+        if option.name in NO_FLAGS:
+            continue
         kind, choices = _kind(option.type)
         help_text = f"{option.metadata['help']} (default: {option.default})"
         if kind is bool:
@@ -131,29 +142,45 @@ def _add_engine_flags(parser: argparse.ArgumentParser, *, with_model: bool = Tru
             group.add_argument(
                 _flag(option.name), type=kind, choices=choices, default=argparse.SUPPRESS, help=help_text
             )
+    for name, text in VLLM_FLAGS.items():
+        group.add_argument(_flag(name), type=float, default=argparse.SUPPRESS, help=text)
 
 
 def _kind(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     """The parser and the choices of a field's type."""
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    if any(get_origin(kind) is Literal for kind in kinds):
-        return _int_or_auto, None
-    return kinds[0], None
+    parts = get_args(annotation) or (annotation,)
+    words = {word: word for part in parts if get_origin(part) is Literal for word in get_args(part)}
+    if type(None) in parts:
+        words["None"] = None
+    (kind,) = (part for part in parts if part is not type(None) and get_origin(part) is not Literal)
+    return (_or_words(kind, words) if words else kind), None
 
 
-def _int_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _or_words(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A parser of values of `kind` and of a few words beside them, in any case."""
+    of_word = {word.lower(): value for word, value in words.items()}
+
+    def parse(text: str) -> Any:
+        if text.lower() in of_word:
+            return of_word[text.lower()]
+        try:
+            return kind(text)
+        except ValueError:
+            noun = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {noun} nor {' nor '.join(words)}") from None
+
+    return parse
 
 
 def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {option.name: getattr(options, option.name) for option in OPTIONS
-            if option.name != "seed" and hasattr(options, option.name)}
+    names = [*(option.name for option in OPTIONS if option.name not in NO_FLAGS), *VLLM_FLAGS]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _sampling_params(options: argparse.Namespace) -> SamplingParams:
-    values = {name: getattr(options, name) for name in SAMPLING_FLAGS}
+    values = {name: getattr(options, name) for name in SAMPLING_FLAGS if hasattr(options, name)}
     return SamplingParams(stop=getattr(options, "stop", None), **values)
 
 
@@ -177,10 +204,12 @@ def _generate(options: argparse.Namespace, started: float) -> int:
         outputs = [_print_stream(llm, prompts[0], params, is_echoed=not options.no_echo)]
     else:
         outputs = llm.generate(prompts, params, use_tqdm=not options.quiet)
-        for output in outputs:
+        for number, output in enumerate(outputs, 1):
             for completion in output.outputs:
+                labels = [f"prompt {number}"] if len(prompts) > 1 else []
+                labels += [f"sample {completion.index + 1}"] if params.n > 1 else []
+                print(f"--- {', '.join(labels)}")
                 print(("" if options.no_echo else output.prompt or "") + completion.text)
-                print("---")
             _print_errors(output)
     if not options.quiet:
         _print_summary(llm, outputs, time.perf_counter() - ready)
@@ -264,7 +293,7 @@ def _print_times(llm: Any, outputs: Sequence[Any], imports_s: float, ready_s: fl
 
 
 def _chat(options: argparse.Namespace, started: float) -> int:
-    params = dataclasses.replace(_sampling_params(options), n=1)
+    params = _sampling_params(options)
     llm, _ = _load(options, started)
     messages: list[dict[str, str]] = []
     if options.system:

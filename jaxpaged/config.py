@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int = _option(256, "most sequences running at once")
     max_num_batched_tokens: int = _option(2048, "most tokens in a step, prompt chunks and decodes together")
     device_memory_fraction: float = _option(0.9, "part of the device's memory the engine may fill")
-    num_device_blocks: int | None = _option(None, "KV blocks on the device; None fills the memory that is left")
+    num_device_blocks: int | None = _option(None, "KV blocks on the device, the null block too; None fills the memory")
     host_memory_bytes: int | Literal["auto"] = _option("auto", "host memory for swapped blocks; auto is 4 GiB at most")
     preemption: Preemption = _option("auto", "what happens to a victim: swap, recompute, or the cheaper (auto)")
     scheduling_policy: SchedulingPolicy = _option("fcfs", "first come first served, or by priority")

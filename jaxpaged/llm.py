@@ -394,6 +394,7 @@ def _read_config(folder: Path, config: EngineConfig) -> ModelConfig:
         with open_checkpoint(folder, dtype) as opened:
             return opened.config
     model_config = checkpoint.read_config(folder)
+    checkpoint.check_weights(folder, model_config)
     return model_config if dtype is None else checkpoint.config_with_dtype(model_config, dtype)
 
 

@@ -2,13 +2,15 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from jaxpaged import LLM
-from jaxpaged.cli import main
+from jaxpaged.cli import main, make_parser
+from jaxpaged.llm import DEMO_FOLDER
 
 
 def test_the_command_line_prints_the_published_story(stories260k, golden, capsys):
@@ -45,7 +47,9 @@ def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
                  "--max-tokens", "5", "--max-num-seqs", "4"])
     captured = capsys.readouterr()
     assert code == 0
-    assert captured.out.count("---") == 4
+    assert [line for line in captured.out.splitlines() if line.startswith("---")] == [
+        f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2) for sample in (1, 2)
+    ]
     assert "tok/s" in captured.err
 
 
@@ -142,6 +146,61 @@ def test_a_bad_value_on_the_command_line_is_one_line(capsys):
     error = capsys.readouterr().err
     assert "temperature=nan" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_what_help_shows_as_a_default_is_accepted(capsys):
+    options = ["--max-model-len", "None", "--num-device-blocks", "none", "--attention-implementation", "None",
+               "--host-memory-bytes", "auto", "--max-num-seqs", "4"]
+    assert main(["plan", "demo", *options]) == 0
+    assert "1,024 tokens" in capsys.readouterr().out
+    parser = make_parser()
+    assert parser.parse_args(["generate", "x", "--seed", "None"]).seed is None
+    assert parser.parse_args(["generate", "x", "--seed", "-3"]).seed == -3
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--host-memory-bytes", "'some' is neither a whole number nor auto"),
+        ("--max-model-len", "'some' is neither a whole number nor None"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_words(flag, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "demo", flag, "some"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: {told}" in capsys.readouterr().err
+
+
+def test_flags_of_vllm_are_understood(capsys):
+    assert main(["plan", "demo", "--max-num-seqs", "4", "--gpu-memory-utilization", "0.5", "--swap-space", "0"]) == 0
+    assert "host blocks for swapping  0 " in capsys.readouterr().out
+    assert main(["plan", "demo", "--swap-space", "1", "--host-memory-bytes", "5"]) == 2
+    assert "host_memory_bytes was given twice" in capsys.readouterr().err
+
+
+def test_flags_without_effect_are_refused(capsys):
+    for arguments in (["chat", "--n", "2"], ["generate", "x", "--max-logprobs", "3"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_plan_tells_of_a_weight_file_that_was_cut_short(is_native, tmp_path, capsys):
+    folder = tmp_path / "model"
+    if is_native:
+        assert main(["convert", "demo", str(folder)]) == 0
+    else:
+        shutil.copytree(DEMO_FOLDER, folder)
+    assert main(["plan", str(folder), "--max-num-seqs", "4"]) == 0
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1_000_000)
+    capsys.readouterr()
+    assert main(["plan", str(folder), "--max-num-seqs", "4"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{folder / 'model.safetensors'}: not a readable safetensors file" in error
+    assert "cut short" in error
 
 
 def test_a_plan_that_does_not_fit_is_refused_like_the_model_itself(capsys):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,21 @@ def load(
     if dtype is not None:
         config = config_with_dtype(config, dtype)
     model = build_abstract(config, max_model_len=max_model_len)
+    with _open_weights(folder, model) as tensors:
+        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put)
+
+
+def check_weights(folder: Path, config: ModelConfig) -> None:
+    """Raise ValueError, as `load` does, unless the folder's weight files are whole and have every parameter.
+
+    Reads their headers and no weight.
+    """
+    with _open_weights(folder, build_abstract(config)):
+        pass
+
+
+@contextmanager
+def _open_weights(folder: Path, model: LlamaForCausalLM) -> Iterator[TensorFolder]:
     specs = parameter_specs(model)
     with TensorFolder(folder) as tensors:
         check_names(tensors.specs, specs, str(folder))
@@ -211,7 +227,7 @@ def load(
                     f"{folder / tensors.specs[name].file}: parameter {name!r} has shape "
                     f"{list(tensors.specs[name].shape)}: config.json says {list(spec.shape)}"
                 )
-        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put)
+        yield tensors
 
 
 def _cast(tensors: TensorFolder, dtype: np.dtype, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
