@@ -10,7 +10,8 @@ turn, keys and values both [blocks, kv_heads, block_size, head_dim]; it serves d
 
 On a GPU or TPU (or with `--device`) it is `device_kernels.py` that is asked: every case is compared with the reference,
 then decodes and prefills of real sizes are timed against JAX's own kernels and contiguous attention, and the result is
-written to bench/results/kernels-<device>.json.
+written to bench/results/kernels-<device>.json. On a CPU the cases are small and the kernels interpreted: that proves
+that the bench runs, and its times are not those of any hardware.
 """
 
 import argparse
@@ -223,8 +224,11 @@ def main_on_device(arguments: Sequence[str]) -> int:
     kind = jax.devices()[0].device_kind
     if args.output is None and not is_small:
         args.output = PROJECT_ROOT / "bench" / "results" / f"kernels-{kind.replace(' ', '-')}.json"
+    if is_small:
+        note("on a CPU, kernels are interpreted: these times say nothing about hardware")
     found = measure(args.implementations, chosen, num_layers=args.num_layers, repeats=args.repeats, is_small=is_small)
     result = {"bench": "kernels", **describe_run("bench.kernels", arguments), "device": kind, "jax": jax.__version__}
+    result["is_interpreted"] = is_small
     write_result(result | found, args.output)
     return 0
 

@@ -33,7 +33,8 @@ class CompletionOutput:
     cumulative_logprob: float | None
     """Sum of the sampled tokens' log-probabilities, where the request asked for logprobs."""
     logprobs: tuple[TokenLogprobs, ...] | None
-    """One entry per token, where asked for."""
+    """One TokenLogprobs per token, where asked for: `token_id`, `logprob` and `rank` of the token that was taken, and
+    in `top` the most likely ones as pairs (token id, logprob). vLLM has a dictionary of both by token id."""
     finish_reason: str | None
     """None while running; then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None
@@ -49,7 +50,7 @@ class RequestOutput:
     """None where the prompt came as token ids."""
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
-    """One entry per prompt token (the first is None), where asked for."""
+    """One TokenLogprobs per prompt token (the first is None), where asked for; see `CompletionOutput.logprobs`."""
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     num_cached_tokens: int

@@ -26,8 +26,11 @@ def test_a_device_times_the_kernel_that_was_made_for_it(platform: str, kind: str
 
 def test_the_bench_of_an_accelerator_runs_small_and_interpreted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "--cases", "decode"]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    *table, last = printed.out.splitlines()
     result = json.loads(last)
+    assert result["is_interpreted"] is True
+    assert "these times say nothing about hardware" in printed.err
     assert {row["implementation"] for row in result["rows"]} == {"mosaic_tpu", "xla", "jax_paged", "contiguous"}
     assert all(row["ms"] > 0 and row["ceiling_ms"] > 0 for row in result["rows"])
     assert 0 < result["largest_errors"]["mosaic_tpu"] <= TOLERANCE
