@@ -70,7 +70,7 @@ def measure() -> dict[str, float]:
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    serve({"measure": measure}, {"jax": jax.__version__, "numpy": np.__version__})
+    serve({"measure": measure, "bandwidth": measured_bandwidth}, {"jax": jax.__version__, "numpy": np.__version__})
 
 
 if __name__ == "__main__":

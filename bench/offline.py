@@ -165,16 +165,21 @@ class Contest:
                     self._say(round_number, config.name, peer_runs[config.name][-1])
         return engine_runs, peer_runs
 
-    def play_single(self, repeats: int) -> tuple[list[float], list[float]]:
-        """Decode rates of one sequence alone, engine and peer in turn."""
+    def play_single(self, repeats: int, ceilings: Worker) -> tuple[list[float], list[float], list[float]]:
+        """Decode rates of one sequence alone, engine and peer in turn, and the memory bandwidth around the engine's.
+
+        On a shared machine bandwidth changes within minutes, so its ceiling is measured beside what it bounds.
+        """
         rates: list[float] = []
         peer_rates: list[float] = []
+        bandwidths: list[float] = [ceilings.call("bandwidth")]
         for _ in range(repeats):
             rates.append(self.engine_decode_rate())
+            bandwidths.append(ceilings.call("bandwidth"))
             if self.peer is not None:
                 peer_rates.append(self.peer_decode_rate())
         note(f"[{self.name}] batch 1: {rates} and {peer_rates} tokens/s")
-        return rates, peer_rates
+        return rates, peer_rates, bandwidths
 
     def _say(self, round_number: int, who: str, reply: dict[str, Any]) -> None:
         note(f"[{self.name}] round {round_number}, {who}: {reply['tokens_per_s']:.1f} tokens/s")
@@ -188,7 +193,7 @@ def measure_shape(shape: LlamaShape, args: argparse.Namespace, folder: Path) -> 
         measured = [ceilings.call("measure")]
         warm_up_s = contest.warm_up()
         engine_runs, peer_runs = contest.play(args.repeats)
-        rates, peer_rates = contest.play_single(max(args.repeats, 1 if args.quick else 3))
+        rates, peer_rates, bandwidths = contest.play_single(max(args.repeats, 1 if args.quick else 3), ceilings)
         # the best of before and after: a ceiling measured in a slow moment would flatter
         measured.append(ceilings.call("measure"))
         best = {name: max(measurement[name] for measurement in measured) for name in measured[0]}
@@ -204,7 +209,8 @@ def measure_shape(shape: LlamaShape, args: argparse.Namespace, folder: Path) -> 
         "peer_skipped": contest.peer_skipped,
         "throughput": throughput_result(shape, contest.requests, engine_runs, peer_runs, engine["device"], best),
         "batch_1": batch_1_result(
-            shape, args.dtype, len(contest.single_prompt), SINGLE_OUTPUT_LEN, rates, peer_rates, engine["device"], best
+            shape, args.dtype, len(contest.single_prompt), SINGLE_OUTPUT_LEN, rates, peer_rates, engine["device"],
+            bandwidths,
         ),
     }
 

@@ -39,6 +39,18 @@ class AttentionCase:
     soft_cap: float | None = None
     has_sinks: bool = False
 
+    def __str__(self) -> str:
+        """The case in words, for errors."""
+        query = "" if self.num_q_heads is None else f"{self.num_q_heads} query heads on "
+        options = [f"window {self.window}"] if self.window is not None else []
+        options += [f"soft cap {self.soft_cap}"] if self.soft_cap is not None else []
+        options += ["sinks"] if self.has_sinks else []
+        where = self.platform if self.compute_capability is None else f"{self.platform} {self.compute_capability}"
+        return (
+            f"{query}{self.num_kv_heads} key-value heads of {self.head_dim} in {self.dtype}, blocks of "
+            f"{self.block_size} tokens{''.join(', ' + option for option in options)}, on {where}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:

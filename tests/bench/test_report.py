@@ -59,9 +59,9 @@ def test_ratios_are_to_the_best_peer_of_each_kind():
 
 
 def test_batch_1_is_a_fraction_of_the_measured_bandwidth():
-    result = batch_1_result(SMALL, "float32", 8, 4, [100.0], [50.0], "cpu", CEILINGS)
+    result = batch_1_result(SMALL, "float32", 8, 4, [100.0], [50.0], "cpu", [5e5, 3e6, 1e6])
     # 8 prompt tokens and, on average, 2 of the 4 outputs are read back: 260 numbers of 4 bytes, 100 times a second
-    assert result["fraction_of_bandwidth"] == pytest.approx(260 * 4 * 100 / 1e6)
+    assert result["fraction_of_bandwidth"] == pytest.approx(260 * 4 * 100 / 1e6)  # the median of the three
     assert result["ratio"] == 2.0
 
 

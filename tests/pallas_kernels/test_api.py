@@ -78,6 +78,13 @@ def test_the_first_row_that_serves_a_case_is_picked_and_a_row_can_be_asked_for()
         pick(replace(CASE, dtype="float16"))
 
 
+def test_an_error_tells_the_case_in_words() -> None:
+    case = replace(CASE, num_q_heads=6, dtype="float16", window=8, soft_cap=30.0)
+    words = "6 query heads on 2 key-value heads of 4 in float16, blocks of 8 tokens, window 8, soft cap 30.0, on cpu"
+    with pytest.raises(ValueError, match=f"serves {words}: mosaic_tpu: "):
+        pick(case)
+
+
 def test_on_a_tpu_its_kernel_is_picked_where_it_fits() -> None:
     case = replace(CASE, platform="tpu", dtype="bfloat16")
     assert pick(case).name == "mosaic_tpu"
