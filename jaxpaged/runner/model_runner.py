@@ -113,8 +113,9 @@ class ModelRunner:
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         self._leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self._device = next(iter(leaves[0].devices()))
         self._kv: Any = self._init_kv()
-        self._state: SamplerState = init_state(shapes.num_rows, shapes.max_model_len, model_config.vocab_size)
+        self._state: SamplerState = self._init_state()
         self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
@@ -128,12 +129,19 @@ class ModelRunner:
         self._warm_samplers: set[int] = set()
 
     def _init_kv(self) -> Any:
-        return tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
+        """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
+        kv = tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
+        return jax.device_put(kv, self._device)
+
+    def _init_state(self) -> SamplerState:
+        """Committed from the start too, as what a step with a committed cache gives back is."""
+        state = init_state(self.shapes.num_rows, self.shapes.max_model_len, self._vocab_size)
+        return jax.device_put(state, self._device)
 
     def reset(self) -> None:
         """Start from an empty cache and state, after a step failed and took the donated arrays with it."""
         self._kv = self._init_kv()
-        self._state = init_state(self.shapes.num_rows, self.shapes.max_model_len, self._vocab_size)
+        self._state = self._init_state()
         self._tables = RowTables(self.shapes.num_rows, self.shapes.blocks_per_seq)
 
     def swap(self, plan: SchedulerOutput) -> None:
