@@ -46,7 +46,10 @@ class AttentionMetadata:
     query_starts: Int[Array, "seqs_plus_1"]
     """First token of each sequence; the last entry, and those of padding rows, is the number of real tokens."""
     slot_mapping: Int[Array, "tokens"]
-    """Where a token's key and value go: block * block_size + offset; padding tokens have slot 0."""
+    """Where a token's key and value go: block * block_size + offset; padding tokens have slot 0.
+
+    Slots outside the null block are distinct: an implementation may tell XLA so, and what is in a slot that two tokens
+    share is then anything. `check_metadata` finds such slots."""
     num_decodes: Int[Array, ""]
     """Sequences 0 .. num_decodes - 1 are decodes: sequence i is token i."""
     tile_sequences: Int[Array, "tiles"]

@@ -86,17 +86,26 @@ def misfits(
 
 
 def write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"]) -> Cache:
-    """The cache with each token's key and value in its slot. Padding tokens share slot 0: no unique_indices here."""
+    """The cache with each token's key and value in its slot; what goes to block 0, as padding does, is not written.
+
+    All other slots are distinct, as `slot_mapping` promises, and XLA is told so.
+    """
     keys, values = kv
-    block_size = keys.shape[2]
+    num_blocks, _, block_size, _ = keys.shape
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    return (
-        keys.at[blocks, :, offsets].set(_stored(key, keys), mode="drop"),
-        values.at[blocks, :, offsets].set(_stored(value, values), mode="drop"),
+    # many tokens share the null block: each gets a block behind the cache, another one, and is dropped
+    behind = num_blocks + jnp.arange(blocks.shape[0], dtype=blocks.dtype)
+    blocks = jnp.where(blocks == 0, behind, blocks)
+    return _scatter(keys, blocks, offsets, key), _scatter(values, blocks, offsets, value)
+
+
+def _scatter(
+    cache: Array,
+    blocks: Int[Array, "tokens"],
+    offsets: Int[Array, "tokens"],
+    heads: Shaped[Array, "tokens kv_heads head_dim"],
+) -> Array:
+    # unless indices are distinct, a GPU writes 16-bit elements by compare-and-swap, one at a time
+    return cache.at[blocks, :, offsets].set(
+        pad_lanes(heads.astype(cache.dtype), jnp), mode="drop", unique_indices=True, wrap_negative_indices=False
     )
-
-
-def _stored(
-    heads: Shaped[Array, "tokens kv_heads head_dim"], cache: Array
-) -> Shaped[Array, "tokens kv_heads lanes"]:
-    return pad_lanes(heads.astype(cache.dtype), jnp)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from kernel_targets import TARGETS, check_equals_the_reference
 from pallas_kernels import KVLayout, lowering_for, make_metadata, paged_attention
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
 from pallas_kernels.cases import HEAD_SHAPES, BatchCase
+from pallas_kernels.paged_attention import mosaic_gpu_layout
 
 TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
 
@@ -34,6 +36,21 @@ TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
 )  # fmt: skip
 def test_shapes_of_its_own_equal_the_reference(case: BatchCase) -> None:
     check_equals_the_reference(replace(case, dtype="bfloat16"), TARGET)
+
+
+def test_tokens_of_the_null_block_write_nothing_and_all_others_their_slot() -> None:
+    # padding shares slot 0, and a warm-up writes to any slot of the null block, many times to each
+    random = np.random.default_rng(0)
+    shapes = mosaic_gpu_layout.cache_shapes(5, 8, 2, 16, jnp.dtype(jnp.bfloat16))
+    slots = np.array([0, 17, 3, 3, 0, 39, 7, 16, 0], np.int32)
+    before = [jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype) for leaf in shapes]
+    new = [jnp.asarray(random.standard_normal((len(slots), 2, 16)), jnp.bfloat16) for _ in range(2)]
+    after = jax.jit(mosaic_gpu_layout.write)(tuple(before), *new, slots)
+    for old, tokens, cache in zip(before, new, after, strict=True):
+        expected = np.array(old)
+        for token in (1, 5, 7):
+            expected[slots[token] // 8, :, slots[token] % 8] = tokens[token]
+        np.testing.assert_array_equal(np.asarray(cache), expected)
 
 
 # AHEAD OF TIME: the real compiler, for an H200 that is not here
@@ -74,6 +91,20 @@ def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_lay
     made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
     assert "parameter" in made, "the pattern finds caches"
     assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
+
+
+@compiled
+def test_new_keys_and_values_are_written_by_plain_stores(tmp_path: Path) -> None:
+    """16-bit elements of indices that may repeat would be written by compare-and-swap, each in a loop of its own."""
+    cache = mosaic_gpu_layout.cache_shapes(4096, 16, 8, 128, jnp.dtype(jnp.bfloat16))
+    heads, slots = jax.ShapeDtypeStruct((64, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.int32)
+    program = compile_for_h200(
+        mosaic_gpu_layout.write, cache, heads, heads, slots, donate=0, compiler_options={"xla_dump_to": str(tmp_path)}
+    )
+    assert len(re.findall(r" scatter\(.*unique_indices=true", program.as_text())) == len(cache)
+    text = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
+    assert "st.global" in text, "the pattern finds the kernels"
+    assert not re.findall(r"\b(?:atom|red)\.\S+", text)
 
 
 @compiled
