@@ -10,11 +10,12 @@ which is what paging costs nothing against. Used by `bench.kernels`.
 """
 
 import contextlib
+import importlib
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from pallas_kernels import AttentionCase, KVLayout, lowering_for, make_metadata,
 from pallas_kernels.cases import CASES, BatchCase, HeadShape, make_batch, with_options
 from pallas_kernels.paged_attention.api import find
 from pallas_kernels.paged_attention.metadata import KEY_CHUNK_TOKENS, TILE_SIZE
+from pallas_kernels.paged_attention.tuning import Sizes
 
 DTYPE = "bfloat16"
 TOLERANCE = 1e-2
@@ -127,13 +129,23 @@ def matmul_rate(*, size: int = MATMUL_SIZE, repeats: int = 8) -> float:
     return 2 * size**3 / best
 
 
-def largest_error(case: BatchCase, name: str) -> float:
+def attend_with(name: str, sizes: Sizes | None) -> Callable[..., tuple[Any, Any]]:
+    """The op by one implementation; `sizes` None takes what it takes by itself, else they and defaults are taken."""
+    if sizes is None:
+        return partial(paged_attention, implementation=name)
+    module = importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+    launch = replace(module.default_launch(), **sizes.launch)
+    return partial(find(name).attend, window=None, soft_cap=None, sinks=None, launch=launch)
+
+
+def largest_error(case: BatchCase, name: str, sizes: Sizes | None = None) -> float:
     """Of an implementation against the reference, which runs on the host's CPU in float32; NaN counts as infinite."""
-    case = with_options(case, dtype=DTYPE)
+    case = with_options(case, dtype=DTYPE, **({} if sizes is None else sizes.tiles))
 
     def outputs(implementation: str) -> np.ndarray:
         batch = make_batch(case, implementation)
-        attend = jax.jit(partial(paged_attention, **batch.options, implementation=implementation))
+        op = attend_with(implementation, sizes if implementation == name else None)
+        attend = jax.jit(partial(op, **batch.options))
         output, _ = attend(batch.query, batch.key, batch.value, batch.kv, batch.metadata)
         return np.asarray(output[: batch.num_tokens].astype(jnp.float32))
 
@@ -220,25 +232,39 @@ def _tables(case: DeviceCase) -> tuple[np.ndarray, int]:
 
 def ours(name: str, case: DeviceCase, num_layers: int) -> Layers:
     """An implementation of this package."""
-    tables, num_blocks = _tables(case)
-    metadata = make_metadata(
-        block_tables=tables, context_lens=[case.context] * case.batch, query_lens=[case.num_new] * case.batch,
-        block_size=case.block_size, tile_size=TILE_SIZE, key_chunk_tokens=max(KEY_CHUNK_TOKENS, case.block_size),
-    )  # fmt: skip
+    run, arguments = our_program(name, case, num_layers, None)
+    return Layers(run, our_caches(name, case, num_layers), arguments)
+
+
+def our_caches(name: str, case: DeviceCase, num_layers: int) -> list[Any]:
+    """A cache of random keys and values for each layer."""
+    _, num_blocks = _tables(case)
     layout = KVLayout(
         num_kv_heads=case.heads.num_kv_heads, head_dim=case.heads.head_dim, block_size=case.block_size, dtype=DTYPE,
         implementation=name,
     )  # fmt: skip
     leaves, tree = jax.tree.flatten(layout.shapes(num_blocks))
     fill = jax.jit(lambda key: [_random_leaf(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)])
-    caches = [jax.tree.unflatten(tree, fill(jax.random.key(index))) for index in range(num_layers)]
+    return [jax.tree.unflatten(tree, fill(jax.random.key(index))) for index in range(num_layers)]
+
+
+def our_program(
+    name: str, case: DeviceCase, num_layers: int, sizes: Sizes | None
+) -> tuple[Callable[..., tuple[Any, Any]], tuple[Any, ...]]:
+    """What is run on `our_caches`, and what it is called with behind them; `sizes` as in `attend_with`."""
+    tables, _ = _tables(case)
+    tiles = {"tile_size": TILE_SIZE, "key_chunk_tokens": max(KEY_CHUNK_TOKENS, case.block_size)}
+    metadata = make_metadata(
+        block_tables=tables, context_lens=[case.context] * case.batch, query_lens=[case.num_new] * case.batch,
+        block_size=case.block_size, **(tiles if sizes is None else tiles | sizes.tiles),
+    )  # fmt: skip
+    attend = attend_with(name, sizes)
 
     def layer(query: jax.Array, kv: Any, key: jax.Array, metadata: Any) -> tuple[Any, Any]:
-        scale = case.heads.head_dim**-0.5
-        return paged_attention(query, key, key, kv, metadata, scale=scale, implementation=name)
+        return attend(query, key, key, kv, metadata, scale=case.heads.head_dim**-0.5)
 
     query, key = _queries(case)
-    return Layers(_stack(layer, num_layers), caches, (query, key, metadata))
+    return _stack(layer, num_layers), (query, key, metadata)
 
 
 def contiguous(case: DeviceCase, num_layers: int) -> Layers:

@@ -12,6 +12,8 @@ On a GPU or TPU (or with `--device`) it is `device_kernels.py` that is asked: ev
 then decodes and prefills of real sizes are timed against JAX's own kernels and contiguous attention, and the result is
 written to bench/results/kernels-<device>.json. On a CPU the cases are small and the kernels interpreted: that proves
 that the bench runs, and its times are not those of any hardware.
+
+`python -m bench.kernels tune` searches the sizes of its kernels instead (`tune.py`).
 """
 
 import argparse
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bench import tune
 from bench.ceilings import measured_bandwidth, measured_matmul_rate
 from bench.device_kernels import DEVICE_CASES, PEERS, SMALL_CASES, measure
 from bench.record import describe_run, note, write_result
@@ -236,6 +239,8 @@ def main_on_device(arguments: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["tune"]:
+        return tune.main(arguments[1:])
     if "--device" in arguments or jax.default_backend() != "cpu":
         return main_on_device(arguments)
     names = [*(row.name for row in IMPLEMENTATIONS), "mapped"]

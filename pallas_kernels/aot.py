@@ -103,7 +103,8 @@ def _compile(
     device = topology.devices[0]
     sharding = SingleDeviceSharding(device)
     jitted = jax.jit(function, donate_argnums=donate, in_shardings=sharding, out_shardings=sharding)
-    with lowering_for(platform, device.device_kind), warnings.catch_warnings():
+    num_cores = getattr(device, "core_count", None) or 1
+    with lowering_for(platform, device.device_kind, num_cores), warnings.catch_warnings():
         # without a device, jax cannot load such a program from its persistent cache: it says so and compiles again
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return jitted.trace(*shapes).lower(lowering_platforms=(platform,)).compile(compiler_options)

@@ -1,6 +1,7 @@
 """What follows from the configs before any weight is loaded: buckets, KV layout, lengths, and the memory plan."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -13,14 +14,15 @@ from jaxpaged.runner.input_batch import Attending
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
 from pallas_kernels import KVLayout, target_platform
+from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 from pallas_kernels.self_check import self_check
 
 FALLBACK = "xla"
 """The implementation of attention that runs wherever jax does."""
 TILE_SIZE = 64
-"""Query tokens in a chunk tile (measured in pallas_kernels/README.md, decision 6)."""
+"""Query tokens in a chunk tile where no tuned size is known (measured in pallas_kernels/README.md, decision 6)."""
 KEY_CHUNK_TOKENS = 128
-"""Keys per turn of a chunk tile; a block of more tokens is one turn."""
+"""Keys per turn of a chunk tile, likewise; a block of more tokens is one turn."""
 INVARIANT_TILE_SIZE = 8
 """The same in batch-invariant mode, where a decode pays for a whole tile."""
 
@@ -52,6 +54,13 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         )
     is_invariant = engine_config.batch_invariant
     is_cpu = target_platform() == "cpu"
+    layout = KVLayout(
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=engine_config.block_size,
+        dtype=dtype,
+        implementation=engine_config.attention_implementation,
+    )
     return RunnerShapes(
         buckets=make_buckets(
             max_num_batched_tokens=engine_config.max_num_batched_tokens,
@@ -60,21 +69,31 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
             has_middles=is_cpu,
             is_single=is_invariant,
         ),
-        attending=Attending(
-            tile_size=INVARIANT_TILE_SIZE if is_invariant else TILE_SIZE,
-            key_chunk_tokens=max(KEY_CHUNK_TOKENS, engine_config.block_size),
-            has_decode_tiles=not is_invariant,
-        ),
-        layout=KVLayout(
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            block_size=engine_config.block_size,
-            dtype=dtype,
-            implementation=engine_config.attention_implementation,
-        ),
+        attending=_attending(layout, model_config, is_invariant),
+        layout=layout,
         max_model_len=max_model_len,
         blocks_per_seq=-(-max_model_len // engine_config.block_size),
         num_rows=engine_config.max_num_seqs,
+    )
+
+
+def _attending(layout: KVLayout, model_config: ModelConfig, is_invariant: bool) -> Attending:
+    """Tiles as they were tuned for the device; those of batch-invariant mode are the same everywhere."""
+    tiles: Mapping[str, int] = {"tile_size": INVARIANT_TILE_SIZE}
+    if not is_invariant:
+        shape = ShapeClass(
+            implementation=layout.row.name,
+            dtype=layout.dtype,
+            head_dim=layout.head_dim,
+            block_size=layout.block_size,
+            num_kv_heads=layout.num_kv_heads,
+            group=model_config.num_q_heads // layout.num_kv_heads,
+        )
+        tiles = tuned_sizes(shape).tiles
+    return Attending(
+        tile_size=tiles.get("tile_size", TILE_SIZE),
+        key_chunk_tokens=max(tiles.get("key_chunk_tokens", KEY_CHUNK_TOKENS), layout.block_size),
+        has_decode_tiles=not is_invariant,
     )
 
 

@@ -6,7 +6,9 @@ KV: Dao et al. 2023, Flash-Decoding), whose partial outputs a second kernel merg
 call. Without tiles or decodes their programs end at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,6 +18,7 @@ from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
     LOG2_E,
     MASKED,
+    MAX_STAGES,
     ROWS,
     SMEM_BYTES,
     KernelShape,
@@ -30,23 +33,43 @@ from pallas_kernels.paged_attention.mosaic_gpu_layout import (
     write,
 )
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import TileShape, attend_tiles, output_row
+from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
+from pallas_kernels.platform import target_num_multiprocessors
+
+NUM_MULTIPROCESSORS = 132
+"""Of an H100 or H200, for where a device does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How kernels are run. The sizes are guesses that no measurement has tuned."""
+    """How kernels are run. The defaults are guesses that no measurement has tuned."""
 
-    num_multiprocessors: int = 132
-    """Of an H100 or H200. Fewer or more are served as well, less evenly."""
-    decode_programs: int = 8 * 132
+    num_multiprocessors: int = NUM_MULTIPROCESSORS
+    """Of the device. Fewer or more are served as well, less evenly."""
+    decode_programs: int = 8 * NUM_MULTIPROCESSORS
     """Programs that decodes are cut into: two run at a time on a multiprocessor, more rounds leave less of the last."""
     min_item_chunks: int = 4
     """Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
+    decode_chunk_tokens: int = DECODE_CHUNK_TOKENS
+    """Keys of one turn of the decode kernel: a multiple or a whole fraction of the block size, 16 or more."""
+    programs_per_multiprocessor: int = 2
+    """Programs of the decode kernel that share a multiprocessor's memory: one computes while another waits."""
+    max_decode_stages: int = MAX_STAGES
+    """Chunks of a decode that are on their way at once, where a program's share of that memory has room for them."""
     is_interpreted: bool = False
     """Whether jax's GPU interpreter runs them, which lacks an instruction."""
 
 
-DEFAULT_LAUNCH = Launch()
+def default_launch() -> Launch:
+    """The launch where nothing was tuned: by the number of multiprocessors of the device that is traced for."""
+    count = target_num_multiprocessors() or NUM_MULTIPROCESSORS
+    return Launch(num_multiprocessors=count, decode_programs=8 * count)
+
+
+def launch_for(shape: ShapeClass) -> Launch:
+    """The launch as it was tuned for the device that is traced for, or the default."""
+    tuned: Mapping[str, Any] = tuned_sizes(shape).launch
+    return replace(default_launch(), **tuned)
 
 
 def _attend_decodes(
@@ -113,28 +136,37 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
-    launch: Launch = DEFAULT_LAUNCH,
+    launch: Launch | None = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
-    """The op as `api.paged_attention` defines it. Queries are rounded to bfloat16, as keys and values are."""
+    """The op as `api.paged_attention` defines it. Queries are rounded to bfloat16, as keys and values are.
+
+    `launch` None takes `launch_for`.
+    """
     num_tokens, num_q_heads, head_dim = query.shape
     kv = write(kv, key, value, metadata.slot_mapping)
     _, num_kv_heads, block_size, lanes = kv[0].shape
     group = num_q_heads // num_kv_heads
+    if launch is None:
+        launch = launch_for(
+            ShapeClass(
+                implementation="mosaic_gpu", dtype=kv[0].dtype.name, head_dim=head_dim, block_size=block_size,
+                num_kv_heads=num_kv_heads, group=group,
+            )  # fmt: skip
+        )
     rows = pad_lanes(query.astype(jnp.bfloat16), jnp)
     shape = KernelShape(
         num_kv_heads=num_kv_heads,
         group=group,
         lanes=lanes,
         block_size=block_size,
-        chunk=DECODE_CHUNK_TOKENS,
+        chunk=launch.decode_chunk_tokens,
         stages=0,
         scale=scale,
         window=window,
         soft_cap=soft_cap,
         is_interpreted=launch.is_interpreted,
     )
-    # two programs of the decode kernel share a multiprocessor
-    decode_shape = shape.with_stages(1, SMEM_BYTES // 2)
+    decode_shape = shape.with_stages(1, SMEM_BYTES // launch.programs_per_multiprocessor, launch.max_decode_stages)
     decoded = _attend_decodes(decode_shape, launch, rows, kv, metadata, sinks)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     decoded = decoded.at[token].get(mode="clip")

@@ -75,11 +75,11 @@ class KernelShape:
     def copies_per_chunk(self) -> int:
         return max(self.chunk // self.block_size, 1)
 
-    def with_stages(self, num_queries: int, smem_bytes: int) -> "KernelShape":
-        """With as many stages, 2 to MAX_STAGES, as fit beside `num_queries` matrices of query rows."""
+    def with_stages(self, num_queries: int, smem_bytes: int, most: int = MAX_STAGES) -> "KernelShape":
+        """With as many stages, 2 to `most`, as fit beside `num_queries` matrices of query rows."""
         room = smem_bytes - SPARE_BYTES - num_queries * ROWS * self.lanes * 2
         stages = room // (2 * self.chunk * self.lanes * 2)
-        return replace(self, stages=max(2, min(stages, MAX_STAGES)))
+        return replace(self, stages=max(2, min(stages, most)))
 
     @property
     def swizzle(self) -> int:

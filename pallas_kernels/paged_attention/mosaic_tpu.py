@@ -4,7 +4,9 @@ New keys and values are scattered by XLA first; then one call of the kernel atte
 with as many programs as there is work, none at times.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,16 +22,34 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     write,
 )
 from pallas_kernels.paged_attention.padding import pad_to, round_up
+from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 
-DECODE_CHUNK_BYTES = 2 * 2**20
-"""Keys and values of one decode chunk; there are two buffers of it."""
-MAX_DECODE_CHUNK_TOKENS = 1024
 MAX_SCALAR_BYTES = 960 * 2**10
 """Block tables and tiles are read from scalar memory: 1 MiB on v5e and v6e, of which the compiler takes some KiB."""
 MAX_VMEM_BYTES = 96 * 2**20
 """Most vector memory a call may ask for, of the 128 MiB of v5e and v6e."""
 VMEM_SPARE_BYTES = 16 * 2**20
 """What the compiler gets beside the buffers: what is computed between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How decodes are run. The defaults are guesses that no measurement has tuned."""
+
+    decode_chunk_bytes: int = 2 * 2**20
+    """Keys and values of one decode chunk, at most; there are two buffers of it."""
+    max_decode_chunk_tokens: int = 1024
+
+
+def default_launch() -> Launch:
+    """The launch where nothing was tuned."""
+    return Launch()
+
+
+def launch_for(shape: ShapeClass) -> Launch:
+    """The launch as it was tuned for the device that is traced for, or the default."""
+    tuned: Mapping[str, Any] = tuned_sizes(shape).launch
+    return replace(default_launch(), **tuned)
 
 
 def _check_scalars(metadata: AttentionMetadata, block_size: int) -> None:
@@ -132,8 +152,12 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
+    launch: Launch | None = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Array]:
-    """The op as `api.paged_attention` defines it. Raises ValueError where scalar or vector memory is too small."""
+    """The op as `api.paged_attention` defines it. Raises ValueError where scalar or vector memory is too small.
+
+    `launch` None takes `launch_for`.
+    """
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, block_size = key.shape[1], kv.shape[-2]
     blocks_per_seq = metadata.block_tables.shape[1]
@@ -158,7 +182,14 @@ def attend(
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
     )
-    decode_tokens = min(DECODE_CHUNK_BYTES // tile_shape.token_bytes, MAX_DECODE_CHUNK_TOKENS)
+    if launch is None:
+        launch = launch_for(
+            ShapeClass(
+                implementation="mosaic_tpu", dtype="bfloat16" if is_words else "float32", head_dim=head_dim,
+                block_size=block_size, num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads,
+            )  # fmt: skip
+        )
+    decode_tokens = min(launch.decode_chunk_bytes // tile_shape.token_bytes, launch.max_decode_chunk_tokens)
     decode_blocks = min(max(decode_tokens // block_size, 1), blocks_per_seq)
     decode_shape = replace(tile_shape, token_rows=1, chunk_blocks=decode_blocks)
     rows = query_rows(query, groups)

@@ -6,6 +6,10 @@ first. Decodes are cut along their keys into items of about equal work (split KV
 which a second kernel merges; tiles are one call. Programs of slots without work end at once.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,8 +25,18 @@ from pallas_kernels.paged_attention.triton_gpu_kernel import (
     attend_tiles,
     merge_items,
 )
+from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 
-DEFAULT_LAUNCH = Launch()
+
+def default_launch() -> Launch:
+    """The launch where nothing was tuned."""
+    return Launch()
+
+
+def launch_for(shape: ShapeClass) -> Launch:
+    """The launch as it was tuned for the device that is traced for, or the default."""
+    tuned: Mapping[str, Any] = tuned_sizes(shape).launch
+    return replace(default_launch(), **tuned)
 
 
 def attend(
@@ -36,16 +50,27 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
-    launch: Launch = DEFAULT_LAUNCH,
+    launch: Launch | None = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
-    """The op as `api.paged_attention` defines it. Queries are rounded to the dtype of the cache."""
+    """The op as `api.paged_attention` defines it. Queries are rounded to the dtype of the cache.
+
+    `launch` None takes `launch_for`.
+    """
     num_q_heads, head_dim = query.shape[1:]
     kv = write(kv, key, value, metadata.slot_mapping)
     _, num_kv_heads, block_size, lanes = kv[0].shape
+    group = num_q_heads // num_kv_heads
+    if launch is None:
+        launch = launch_for(
+            ShapeClass(
+                implementation="triton_gpu", dtype=kv[0].dtype.name, head_dim=head_dim, block_size=block_size,
+                num_kv_heads=num_kv_heads, group=group,
+            )  # fmt: skip
+        )
     rows = pad_lanes(query.astype(kv[0].dtype), jnp)
     shape = KernelShape(
         num_kv_heads=num_kv_heads,
-        group=num_q_heads // num_kv_heads,
+        group=group,
         lanes=lanes,
         block_size=block_size,
         dtype=kv[0].dtype,
@@ -59,14 +84,15 @@ def attend(
 
     is_decode = jnp.arange(metadata.context_lens.shape[0]) < metadata.num_decodes
     lens = jnp.where(is_decode, metadata.context_lens, 0)
+    decode_shape = replace(shape, turn_tokens=launch.decode_turn_tokens)
     items = cut_into_items(
         lens,
-        shape.chunk,
+        decode_shape.chunk,
         window,
         num_items=-(-launch.decode_programs // num_kv_heads),
         min_chunks=launch.min_item_chunks,
     )
-    partials = attend_decodes(shape, launch, rows, *kv, metadata.block_tables, lens, items)
+    partials = attend_decodes(decode_shape, launch, rows, *kv, metadata.block_tables, lens, items)
     output = merge_items(shape, launch, *partials, sinks, items.first_items, output)
 
     sequences, starts = metadata.tile_sequences, metadata.tile_starts

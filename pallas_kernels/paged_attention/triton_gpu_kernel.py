@@ -38,7 +38,7 @@ Ref = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How kernels are run. The sizes are guesses that no measurement has tuned."""
+    """How kernels are run. The defaults are guesses that no measurement has tuned."""
 
     decode_programs: int = 1024
     """Programs that decodes are cut into, over all heads: several rounds on each multiprocessor of a large GPU."""
@@ -46,6 +46,10 @@ class Launch:
     """Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
     num_stages: int = 3
     """Turns under way: reading block ids, reading keys and values, computing."""
+    decode_turn_tokens: int | None = None
+    """Keys of a turn of decodes, a power of two; None for as many as `KernelShape.chunk` says."""
+    decode_warps: int | None = None
+    """Warps of a program of decodes, a power of two; None for as many as `KernelShape.num_warps` says."""
     is_interpreted: bool = False
     """Whether jax's interpreter runs them, on any device."""
 
@@ -70,6 +74,8 @@ class KernelShape:
     scale: float
     window: int | None
     soft_cap: float | None
+    turn_tokens: int | None = None
+    """Keys of a turn; None for as many as fit."""
 
     @property
     def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -78,6 +84,8 @@ class KernelShape:
     @property
     def chunk(self) -> int:
         """Keys of a turn, a power of two."""
+        if self.turn_tokens is not None:
+            return self.turn_tokens
         row_bytes = 2 * max(self.lanes, MIN_ROWS) * self.dtype.itemsize
         return min(1 << ((STAGE_BYTES // row_bytes).bit_length() - 1), MAX_TURN_BYTES // self.dtype.itemsize)
 
@@ -234,7 +242,7 @@ def attend_decodes(
         out_shape=(jax.ShapeDtypeStruct((num_items, num_q_heads, shape.lanes), jnp.float32), by_head, by_head),
         grid=(num_items, shape.num_kv_heads, -(-shape.group // rows)),
         name="attend_decodes",
-        **launch.options(shape.num_warps),
+        **launch.options(launch.decode_warps or shape.num_warps),
     )(queries, keys, values, block_tables, context_lens, *items)
 
 

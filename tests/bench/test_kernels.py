@@ -1,14 +1,18 @@
 """Who is timed on which device."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from bench.device_kernels import DEVICE_CASES, TOLERANCE, DeviceCase, attention_case, check
 from bench.kernels import main, reasons_to_skip
+from bench.tune import PLANS, SEARCHED, with_size
 from pallas_kernels import lowering_for, misfits
-from pallas_kernels.cases import BENCH_CASES, CASES, HeadShape, with_options
+from pallas_kernels.cases import BENCH_CASES, CASES, BatchCase, HeadShape, with_options
+from pallas_kernels.paged_attention import tuning
 from pallas_kernels.paged_attention.api import find
+from pallas_kernels.paged_attention.tuning import LAUNCHES, Sizes, check_sizes, read_entries
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,90 @@ def test_what_a_case_costs() -> None:
     assert case.flops == 2 * 100 * 32 * 128 * 4
     whole = DeviceCase(name="", heads=HeadShape(1, 1, 1), batch=1, context=4, num_new=4)
     assert whole.flops == 4 * (1 + 2 + 3 + 4)
+
+
+def test_tuning_runs_small_and_writes_what_it_found_only_where_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr("bench.tune.MIN_GAIN", -1e9)  # whatever is fastest wins: it must be one that was tried
+    output = tmp_path / "tuned.json"
+    assert main(["tune", "--device", "--output", str(output)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    tried = [row["value"] for row in result["rows"]]
+    assert tried == [None, 16, 1024]
+    assert [row["is_chosen"] for row in result["rows"]].count(True) == 1
+    assert all(ms > 0 for row in result["rows"] for ms in row["ms"].values())
+    (entry,) = read_entries(output)
+    assert entry.shape.implementation == "mosaic_tpu"
+    assert entry.sizes.launch.get("max_decode_chunk_tokens") in tried
+    assert {"date", "commit", "jax"} <= set(entry.measured)
+    assert str(output) in table[-1]
+
+    assert main(["tune", "--device", "--classes", "heads of 64"]) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_candidate_that_is_wrong_or_does_not_compile_is_out_and_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error(case: BatchCase, name: str, sizes: Sizes) -> float:
+        if sizes.launch.get("max_decode_chunk_tokens") == 1024:
+            raise RuntimeError("ptxas has no registers left\nand more")
+        return 0.5
+
+    monkeypatch.setattr("bench.tune.largest_error", error)
+    assert main(["tune", "--device"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["value"], row.get("because")) for row in rows] == [
+        (16, "wrong by 0.5"), (1024, "ptxas has no registers left"), (None, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tune"], "nothing to be tuned on a CPU"),
+        (["tune", "--device", "--classes", "group 99"], "--classes must fit one of"),
+        (["tune", "--device", "--repeats", "0"], "counts must be 1 or more"),
+    ],
+)
+def test_tuning_refuses_what_it_cannot_do(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_tuning_does_not_begin_where_its_file_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "tuned.json"
+    output.write_text("{")
+    with pytest.raises(SystemExit):
+        main(["tune", "--device", "--output", str(output)])
+    assert "mend or delete it" in capsys.readouterr().err
+    assert output.read_text() == "{"
+
+
+def test_every_size_that_is_searched_may_be_tuned_and_some_candidate_is_allowed_in_every_class() -> None:
+    assert set(SEARCHED) == set(LAUNCHES)
+    for name, sizes in SEARCHED.items():
+        assert {size.name for size in sizes} >= set(LAUNCHES[name])
+        for size in sizes:
+            for plan in PLANS:
+                is_allowed = []
+                for value in size.candidates(name):
+                    try:
+                        check_sizes(plan.shape(name), with_size(Sizes(), size, value))
+                        is_allowed.append(True)
+                    except ValueError:
+                        is_allowed.append(False)
+                assert sum(is_allowed) >= 2, (name, size.name, plan.name)
+
+
+def test_the_default_number_of_programs_is_among_its_candidates() -> None:
+    size = SEARCHED["mosaic_gpu"][0]
+    with lowering_for("gpu", "NVIDIA H20", 78):
+        assert size.candidates("mosaic_gpu") == [156, 312, 624, 1248, 2496]
