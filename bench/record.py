@@ -48,10 +48,15 @@ def _cpu_name() -> str:
 
 def write_result(result: dict[str, Any], output: Path | None) -> None:
     """Print the result as one JSON line, the last of a bench, and write it to `output` if there is one."""
+    save_result(result, output)
+    print(json.dumps(result), flush=True)
+
+
+def save_result(result: dict[str, Any], output: Path | None) -> None:
+    """Write what there is so far to `output` if there is one, so that a run that is cut short leaves it behind."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result), flush=True)
 
 
 def note(text: str) -> None:

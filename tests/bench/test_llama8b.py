@@ -1,0 +1,61 @@
+"""The bench of an 8B Llama: all of it on a tiny model, and what its ceilings count."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.llama8b import LLAMA_8B, PUBLISHED, SMALL_SCALE, main, step_bytes
+
+
+def test_the_small_run_measures_every_part_and_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "llama8b.json"
+    assert main(["--small", "--output", str(output)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert json.loads(output.read_text()) == result
+    assert result["is_small"] is True
+    assert {"device", "jax", "date", "command", "commit"} <= set(result)
+    assert [(row["num_seqs"], row["context_len"]) for row in result["decode"]] == list(SMALL_SCALE.decodes)
+    assert all(math.isfinite(row["fraction_of_bandwidth"]) for row in result["decode"])
+    # 39 blocks of 16 tokens hold more than the 4 sequences that may run
+    assert [(row["workload"], row["num_requests"]) for row in result["workloads"]] == [
+        ("16/16", 4), ("8/8", 8), ("8/32", 4), ("32/8", 4),
+    ]  # fmt: skip
+    for row in result["workloads"]:
+        prompt_len, output_len = map(int, row["workload"].split("/"))
+        assert row["output_tokens_per_s"] == pytest.approx(row["num_requests"] * output_len / row["elapsed_s"])
+        assert row["total_tokens_per_s"] == pytest.approx(
+            row["num_requests"] * (prompt_len + output_len) / row["elapsed_s"]
+        )
+        assert row["num_steps"] >= output_len
+        # both are parts of the step, and what is in neither is small beside them
+        assert 0 < row["host_ms"] + row["wait_ms"] <= row["step_ms"]
+        assert row["num_preemptions"] == 0
+    assert result["left_out"] == []
+    assert result["num_compiles_after_warmup"] == 0
+    assert sum("output tok/s" in line for line in table) == 4
+
+
+def test_what_comes_too_late_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--small", "--time-limit-s", "1e-6"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["decode"] == result["workloads"] == []
+    assert len(result["left_out"]) == len(SMALL_SCALE.decodes) + len(SMALL_SCALE.workloads)
+    assert all("left out" in line for line in table)
+    with pytest.raises(SystemExit):
+        main(["--time-limit-s", "0"])
+
+
+def test_a_decode_step_reads_the_weights_of_llama_8b_once() -> None:
+    # 8.03 thousand million parameters, of which the embedding has 0.53; two bytes each
+    assert step_bytes(LLAMA_8B, 0, 0) == pytest.approx((8.03e9 - 0.525e9) * 2, rel=1e-3)
+    # 128 KiB of keys and values a token
+    assert step_bytes(LLAMA_8B, 3, 10) - step_bytes(LLAMA_8B, 0, 0) == 3 * 10 * 128 * 2**10
+
+
+def test_published_figures_name_their_source() -> None:
+    assert all(figure > 1000 and ("H200" in by or "H100" in by) for _, figure, by in PUBLISHED)
+    assert {name for name, _, _ in PUBLISHED} == {"128/128", "1000/1000", "128/2048", "2048/128", "ShareGPT"}
