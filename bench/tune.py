@@ -81,7 +81,7 @@ SEARCHED: dict[str, tuple[Size, ...]] = {
     "mosaic_gpu": (
         Size("launch", "decode_programs", QUARTERS),
         Size("launch", "programs_per_multiprocessor", (1, 2, 3, 4)),
-        Size("launch", "decode_chunk_tokens", (32, 64, 128)),
+        Size("launch", "decode_chunk_tokens", (64, 128)),
         Size("launch", "max_decode_stages", (2, 3, 4, 6)),
         Size("launch", "min_item_chunks", (1, 2, 4, 8, 16)),
         Size("tiles", "tile_size", (64, 128, 256), is_for_prefills=True),

@@ -48,14 +48,17 @@ def tpu_interpreter(dma_execution_mode: str = "on_wait") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gpu_interpreter() -> Iterator[None]:
+def gpu_interpreter(**sizes: int) -> Iterator[None]:
     """A context in which programs are made for an H200 and its kernels are interpreted; a race raises.
 
-    They are cut as for a device of 3 multiprocessors, so that small cases have several pieces for each.
+    They are cut as for a device of 3 multiprocessors, so that small cases have several pieces for each; `sizes` are
+    other fields of the launch.
     """
     if jax.__version_info__ < (0, 11):
         pytest.skip("jax's GPU interpreter runs these kernels from jax 0.11 on")
-    launch = mosaic_gpu.Launch(num_multiprocessors=3, decode_programs=16, min_item_chunks=1, is_interpreted=True)
+    launch = mosaic_gpu.Launch(
+        num_multiprocessors=3, decode_programs=16, min_item_chunks=1, is_interpreted=True, **sizes
+    )
     with (
         warnings.catch_warnings(),
         mock.patch.object(mosaic_gpu, "attend", partial(mosaic_gpu.attend, launch=launch)),
@@ -68,12 +71,13 @@ def gpu_interpreter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def triton_interpreter(decode_programs: int = 16) -> Iterator[None]:
+def triton_interpreter(decode_programs: int = 16, **sizes: int) -> Iterator[None]:
     """A context in which programs are made for an H200 and Triton kernels are interpreted: what they make is NaN first.
 
-    Decodes are cut for few programs, so that small cases have several items for each.
+    Decodes are cut for few programs, so that small cases have several items for each; `sizes` are other fields of the
+    launch.
     """
-    launch = Launch(is_interpreted=True, decode_programs=decode_programs, min_item_chunks=1)
+    launch = Launch(is_interpreted=True, decode_programs=decode_programs, min_item_chunks=1, **sizes)
     with (
         mock.patch.object(triton_gpu, "attend", partial(triton_gpu.attend, launch=launch)),
         lowering_for("gpu", "NVIDIA H200"),

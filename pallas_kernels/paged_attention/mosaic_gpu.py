@@ -51,7 +51,7 @@ class Launch:
     min_item_chunks: int = 4
     """Chunks of an item that is not the only one of its sequence, so that the merge stays small."""
     decode_chunk_tokens: int = DECODE_CHUNK_TOKENS
-    """Keys of one turn of the decode kernel: a multiple or a whole fraction of the block size, 16 or more."""
+    """Keys of one turn of the decode kernel, 64 or 128: a multiple or a whole fraction of the block size."""
     programs_per_multiprocessor: int = 2
     """Programs of the decode kernel that share a multiprocessor's memory: one computes while another waits."""
     max_decode_stages: int = MAX_STAGES

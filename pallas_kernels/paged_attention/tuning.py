@@ -36,7 +36,7 @@ LAUNCHES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """By implementation, the fields of its `Launch` that may be tuned: those that leave what tiles give as it is, to the
 bit, since they may be others at another block size."""
-POWERS_OF_TWO = ("decode_chunk_tokens", "decode_turn_tokens", "decode_warps", "tile_size", "key_chunk_tokens")
+POWERS_OF_TWO = ("decode_turn_tokens", "decode_warps", "tile_size", "key_chunk_tokens")
 MAX_SIZE = 2**30
 
 
@@ -152,9 +152,9 @@ def check_sizes(shape: ShapeClass, sizes: Sizes) -> None:
     if turn is not None and turn % shape.block_size:
         raise ValueError(f"key_chunk_tokens={turn} must be a multiple of the block size {shape.block_size}")
     chunk = sizes.launch.get("decode_chunk_tokens")
-    if chunk is not None and (chunk < 16 or max(chunk, shape.block_size) % min(chunk, shape.block_size)):
+    if chunk is not None and (chunk not in (64, 128) or max(chunk, shape.block_size) % min(chunk, shape.block_size)):
         raise ValueError(
-            f"decode_chunk_tokens={chunk} must be 16 or more, and a multiple or a fraction of the block size "
+            f"decode_chunk_tokens={chunk} must be 64 or 128, and a multiple or a fraction of the block size "
             f"{shape.block_size}"
         )
 

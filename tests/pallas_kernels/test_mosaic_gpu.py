@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_targets import TARGETS, check_equals_the_reference
+from kernel_targets import TARGETS, check_equals_the_reference, gpu_interpreter
 
 from pallas_kernels import KVLayout, lowering_for, make_metadata, paged_attention
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
@@ -36,6 +36,20 @@ TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
 )  # fmt: skip
 def test_shapes_of_its_own_equal_the_reference(case: BatchCase) -> None:
     check_equals_the_reference(replace(case, dtype="bfloat16"), TARGET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [{"decode_chunk_tokens": 128, "programs_per_multiprocessor": 1}, {"max_decode_stages": 2}],
+    ids=["chunks of 128", "two stages"],
+)
+def test_sizes_that_may_be_tuned_leave_decodes_as_they_are(sizes: dict[str, int]) -> None:
+    case = BatchCase(
+        name="", heads=HEAD_SHAPES["stories260k"], sequences=((700, 1), (1, 1), (129, 1)), dtype="bfloat16",
+        window=500, has_sinks=True,
+    )  # fmt: skip
+    check_equals_the_reference(case, replace(TARGET, running=partial(gpu_interpreter, **sizes)))
 
 
 def test_tokens_of_the_null_block_write_nothing_and_all_others_their_slot() -> None:

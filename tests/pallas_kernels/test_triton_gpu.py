@@ -82,6 +82,16 @@ def test_a_decode_of_more_items_than_are_merged_at_once_equals_the_reference() -
     check_equals_the_reference(case, Target(TARGET.name, partial(triton_interpreter, 64)))
 
 
+@pytest.mark.parametrize("turn_tokens", [16, 128])
+def test_turns_of_decodes_that_may_be_tuned_leave_outputs_as_they_are(turn_tokens: int) -> None:
+    case = BatchCase(
+        name="", heads=HEAD_SHAPES["stories260k"], sequences=((300, 1), (1, 1), (129, 1), (70, 9)), window=200,
+        has_sinks=True,
+    )  # fmt: skip
+    running = partial(triton_interpreter, decode_turn_tokens=turn_tokens, decode_warps=8)
+    check_equals_the_reference(case, Target(TARGET.name, running))
+
+
 def test_what_is_before_the_window_of_a_decode_is_not_read() -> None:
     case = BatchCase(
         name="", heads=HEAD_SHAPES["stories260k"], sequences=((100, 1), (70, 1)), window=20, num_padding_tokens=0

@@ -124,7 +124,8 @@ BROKEN = {
     "a list of sizes": ([GOOD | {"launch": []}], r"launch must be an object, not \[\]"),
     "no power of two": ([GOOD | {"tiles": {"tile_size": 48}}], "tile_size=48 must be a power of two"),
     "chunks of half a block": ([GOOD | {"tiles": {"key_chunk_tokens": 8}}], "must be a multiple of the block size 16"),
-    "chunks too short": ([GOOD | {"launch": {"decode_chunk_tokens": 8}}], "must be 16 or more"),
+    "chunks too short": ([GOOD | {"launch": {"decode_chunk_tokens": 32}}], "must be 64 or 128"),
+    "chunks that cut blocks": ([GOOD | {"block_size": 48, "launch": {"decode_chunk_tokens": 64}}], "of the block size"),
     "a shape twice": ([GOOD, GOOD | {"launch": {}}], "entry 1 is of the same shape as an earlier one"),
 }
 
@@ -193,7 +194,6 @@ def lowered(platform: str, kind: str, implementation: str) -> str:
 
 
 def test_an_entry_changes_the_program_that_is_made_for_an_h200() -> None:
-    pytest.importorskip("jax_plugins")
     before = lowered("cuda", H200, "mosaic_gpu")
     # items of 4 sequences and of 1056 / 8 or 64 / 8 programs a head: outputs of 8 heads, 8 rows of 128
     assert "tensor<136x8x8x128xf32>" in before
@@ -211,7 +211,7 @@ class Received(Exception):
 @pytest.mark.parametrize(
     ("implementation", "platform", "kind", "launch"),
     [
-        ("mosaic_gpu", "gpu", H200, {"decode_programs": 9, "decode_chunk_tokens": 32, "max_decode_stages": 3}),
+        ("mosaic_gpu", "gpu", H200, {"decode_chunk_tokens": 128, "programs_per_multiprocessor": 1}),
         ("triton_gpu", "gpu", H200, {"decode_programs": 9, "decode_turn_tokens": 32, "decode_warps": 8}),
     ],
 )
@@ -226,8 +226,8 @@ def test_an_entry_is_the_launch_that_kernels_get(
     shape, given = kernel.call_args.args[:2]
     assert {name: getattr(given, name) for name in launch} == launch
     if implementation == "mosaic_gpu":
-        # 5 stages of 32 keys would fit into half the shared memory
-        assert (shape.chunk, shape.stages) == (32, 3)
+        # 64 KiB of keys and values a stage, of the 227 KiB of a whole multiprocessor
+        assert (shape.chunk, shape.stages) == (128, 3)
     else:
         assert shape.chunk == 32
 
@@ -238,6 +238,13 @@ def test_an_entry_is_the_chunk_of_a_tpu_s_decodes() -> None:
         with mock.patch.object(mosaic_tpu, "_attend_decodes", side_effect=Received) as kernel, pytest.raises(Received):
             lowered("tpu", kind, "mosaic_tpu")
         assert kernel.call_args.args[3].chunk_tokens == expected
+
+
+def test_no_more_stages_of_a_decode_than_an_entry_says() -> None:
+    tune(H200, entry({"programs_per_multiprocessor": 1, "max_decode_stages": 6}))
+    with mock.patch.object(mosaic_gpu, "_attend_decodes", side_effect=Received) as kernel, pytest.raises(Received):
+        lowered("gpu", H200, "mosaic_gpu")
+    assert kernel.call_args.args[0].stages == 6, "32 KiB each; 4 are the default"
 
 
 def test_decodes_are_cut_for_the_multiprocessors_of_the_device() -> None:
