@@ -30,3 +30,18 @@ def test_items_cover_the_chunks_of_every_decode_once_and_are_about_equal(
     # 99 chunks by 12 items, rounded up; with a window no item has more than the least that is worth one
     assert max(sizes) == most
     assert min(sizes) >= 1
+
+
+def test_a_decode_is_cut_alike_in_any_company_of_so_many_chunks_and_no_more() -> None:
+    """The bits of a decode follow from its own length up to there: 12 items of 2 chunks, 24 in all."""
+
+    def cut(row: int, lens: list[int]) -> list[tuple[int, int]]:
+        items = cut_into_items(jnp.asarray(lens), 64, None, num_items=12, min_chunks=2)
+        mine = slice(int(items.first_items[row]), int(items.first_items[row + 1]))
+        return list(zip(items.first_chunks[mine].tolist(), items.end_chunks[mine].tolist(), strict=True))
+
+    alone = cut(0, [300, 0, 0])
+    assert alone == [(0, 1), (1, 3), (3, 5)]
+    assert cut(2, [1, 18 * 64, 300]) == alone
+    assert cut(0, [300, 19 * 64, 0]) == alone
+    assert cut(0, [300, 19 * 64, 1]) == [(0, 2), (2, 5)], "25 chunks: items of 3"

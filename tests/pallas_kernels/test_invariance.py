@@ -1,4 +1,4 @@
-"""What the CPU implementations promise beyond being right: a token's bits do not depend on its company."""
+"""What implementations promise beyond being right: a token's bits do not depend on its company."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_targets import TARGETS, Target
 
 from pallas_kernels import KVLayout, make_metadata, paged_attention
 from pallas_kernels.cases import HEAD_SHAPES
@@ -119,3 +120,48 @@ def test_a_token_is_bit_equal_where_every_query_head_has_its_own_keys(implementa
     alone = story.tell([1], 40, [[(0, 40)]], block_size=16)[0]
     other = story.tell([1, 2], 40, [[(1, 3), (0, 5)], [(0, 35), (1, 37)]], block_size=8)[0]
     np.testing.assert_array_equal(other, alone)
+
+
+# KERNELS FOR GPUS, interpreted or, on one, compiled: less is told, as each step takes a second or two
+
+MOSAIC, TRITON = (next(one for one in TARGETS if one.name == name) for name in ("mosaic_gpu", "triton_gpu"))
+
+
+@pytest.mark.parametrize(
+    ("target", "window"),
+    # interpreted Hopper kernels take 18 s for each
+    [(TRITON, None), (TRITON, 37), (MOSAIC, 37), pytest.param(MOSAIC, None, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_token_in_a_tile_is_bit_equal_in_any_row_company_chunking_and_block_size(
+    target: Target, window: int | None
+) -> None:
+    """What batch-invariant mode counts on, as it puts decodes into tiles too."""
+    length = 80  # more than a chunk of 64 keys
+    with target.running():
+        story = Story(target.name, "bfloat16", window, "stories260k")
+        alone = story.tell([1], length, [[(0, length)]], block_size=16)[0]
+        assert np.isfinite(alone).all()
+        assert alone.any()
+        chunks = [[(0, 69)], [(0, 1)], [(0, 1)], [(0, 9)]]
+        chunked = story.tell([1], length, chunks, block_size=64)[0]
+        np.testing.assert_array_equal(chunked, alone, err_msg="in chunks, the last but one of a token each, block 64")
+        company = [[(2, 5), (0, 11), (1, 80)], [(2, 75), (0, 3)], [(0, 66)]]
+        in_company = story.tell([1, 2, 3], length, company, block_size=8)[0]
+        np.testing.assert_array_equal(in_company, alone, err_msg="in company, block 8")
+
+
+@pytest.mark.parametrize("target", [TRITON, MOSAIC], ids=str)
+def test_a_decode_is_bit_equal_in_company_that_needs_no_longer_items(target: Target) -> None:
+    """Decodes share 16 programs of 4 heads here, so 4 items: two sequences of 2 chunks each leave a chunk an item.
+
+    Company that is longer in sum makes items longer, and sums others: `cut_into_items` says from where on.
+    """
+    with target.running():
+        story = Story(target.name, "bfloat16", heads="stories260k", has_decodes=True)
+        first, length = 66, 68
+        alone = story.tell([1], length, [[(0, first)], [(0, 1)], [(0, 1)]], block_size=16)[0]
+        company = [[(0, first)], [(1, first)], [(1, 1), (0, 1)], [(1, 1), (0, 1)]]
+        in_company = story.tell([1, 2], length, company, block_size=16)[0]
+    assert alone[first:].any()
+    np.testing.assert_array_equal(in_company[first:], alone[first:])
