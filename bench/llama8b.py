@@ -88,6 +88,10 @@ class Scale:
     num_decode_steps: int
     copy_bytes: int
 
+    @property
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(**self.options, preemption="recompute", host_memory_bytes=0)
+
 
 FULL_SCALE = Scale(
     LLAMA_8B,
@@ -127,8 +131,7 @@ HIDDEN_WAIT = 0.05
 
 def make_engine(scale: Scale, seed: int) -> Engine:
     """An engine around a model of random weights, which the device draws itself."""
-    config = EngineConfig(**scale.options, enable_prefix_caching=True, preemption="recompute", host_memory_bytes=0)
-    config = with_checked_attention(config, scale.model, scale.model.dtype)
+    config = with_checked_attention(scale.engine_config, scale.model, scale.model.dtype)
     shapes = resolve_shapes(config, scale.model, scale.model.dtype)
     model = random_model(scale.model, seed, max_model_len=config.max_model_len)
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))

@@ -3,10 +3,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench.llama8b import LLAMA_8B, PUBLISHED, SMALL_SCALE, main, step_bytes
+from bench.llama8b import FULL_SCALE, LLAMA_8B, PUBLISHED, SMALL_SCALE, main, step_bytes
+from jaxpaged.runner.shapes import memory_plan, resolve_shapes
+from pallas_kernels import lowering_for
 
 
 def test_the_small_run_measures_every_part_and_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +62,24 @@ def test_a_decode_step_reads_the_weights_of_llama_8b_once() -> None:
 def test_published_figures_name_their_source() -> None:
     assert all(figure > 1000 and ("H200" in by or "H100" in by) for _, figure, by in PUBLISHED)
     assert {name for name, _, _ in PUBLISHED} == {"128/128", "1000/1000", "128/2048", "2048/128", "ShareGPT"}
+
+
+def test_the_full_run_fits_an_h200_and_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what jax takes of the memory unless told otherwise
+    stats = {"bytes_limit": int(0.75 * 151_397_597_184)}
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", memory_stats=lambda: stats)
+    config, model = FULL_SCALE.engine_config, FULL_SCALE.model
+    with lowering_for("gpu", "NVIDIA H200", 132):
+        shapes = resolve_shapes(config, model, model.dtype)
+        assert shapes.layout.row.name == "mosaic_gpu"
+        monkeypatch.setattr("jaxpaged.runner.shapes.jax.devices", lambda: [device])
+        plan = memory_plan(config, model, shapes, weight_bytes=int(16.06e9), dtype=model.dtype)
+    engine = SimpleNamespace(config=config, memory_plan=plan)
+    num_requests = {workload.name: workload.num_requests(engine) for workload in FULL_SCALE.workloads}
+    assert set(num_requests) == {name for name, _, _ in PUBLISHED} - {"ShareGPT"}
+    assert min(num_requests.values()) > 200
+    assert num_requests["128/128"] == 4 * config.max_num_seqs
+    for num_seqs, context_len in FULL_SCALE.decodes:
+        tokens = context_len + FULL_SCALE.num_decode_steps + 1
+        assert tokens <= shapes.max_model_len
+        assert num_seqs * (tokens + plan.block_size) < plan.num_device_blocks * plan.block_size
