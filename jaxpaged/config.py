@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 GIB = 2**30
 Dtype = Literal["auto", "float32", "bfloat16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3", "float8_e4m3fn", "int8"]
 Preemption = Literal["auto", "swap", "recompute"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -20,7 +21,8 @@ def _option(default: Any, help_text: str) -> Any:
 class EngineConfig:
     """Choices of the operator. Raises ValueError with the name, the value and the allowed range."""
 
-    dtype: Dtype = _option("auto", "type of weights and KV cache; auto is the checkpoint's own")
+    dtype: Dtype = _option("auto", "type of weights and activations; auto is the checkpoint's own")
+    kv_cache_dtype: CacheDtype = _option("auto", "type of the KV cache: float32, bfloat16, fp8, int8; auto is dtype's")
     max_model_len: int | None = _option(None, "most tokens of a sequence, prompt and output; None is the model's own")
     block_size: int = _option(16, "tokens in a KV block")
     max_num_seqs: int = _option(256, "most sequences running at once")
@@ -40,7 +42,12 @@ class EngineConfig:
     seed: int = _option(0, "seed of the requests that bring none")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", Dtype), ("preemption", Preemption), ("scheduling_policy", SchedulingPolicy)):
+        for name, allowed in (
+            ("dtype", Dtype),
+            ("kv_cache_dtype", CacheDtype),
+            ("preemption", Preemption),
+            ("scheduling_policy", SchedulingPolicy),
+        ):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(get_args(allowed))}")

@@ -35,9 +35,8 @@ ALIASES = {"gpu_memory_utilization": "device_memory_fraction"}
 REMEDIES = {
     "trust_remote_code": "no remote code is ever run: convert the model with a port of its architecture",
     "enforce_eager": "every step is compiled; leave it out",
-    "quantization": "not supported; choose dtype",
+    "quantization": "weights are not quantized; choose dtype, or kv_cache_dtype for the KV cache",
     "pipeline_parallel_size": "not supported; leave it out",
-    "kv_cache_dtype": "the cache has the model's dtype; choose dtype",
     "max_num_partial_prefills": "use max_num_batched_tokens",
     "logits_processors": "not supported yet; use logit_bias, allowed_token_ids or bad_words",
 }

@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import KEY_CHUNK_TOKENS, TILE_SIZE, AttentionMetadata, make_metadata
+from pallas_kernels.paged_attention.quantization import is_quantized
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class BatchCase:
     """(context length after the step, new tokens) of each sequence; decodes first."""
     block_size: int = 16
     dtype: str = "float32"
-    """Of query, keys, values and cache."""
+    """Of the cache."""
+    input_dtype: str | None = None
+    """Of query, keys and values; None is that of the cache, or bfloat16 where it is quantized."""
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
@@ -83,7 +86,7 @@ def make_batch(case: BatchCase, implementation: str, seed: int = 0) -> Batch:
     """
     random = np.random.default_rng(seed)
     heads, block_size = case.heads, case.block_size
-    dtype = jnp.dtype(case.dtype)
+    dtype = jnp.dtype(case.input_dtype or ("bfloat16" if is_quantized(case.dtype) else case.dtype))
     contexts = [context for context, _ in case.sequences]
     lengths = [length for _, length in case.sequences]
     owned = [-(-context // block_size) for context in contexts]
@@ -169,6 +172,14 @@ CASES = (
     _case("decodes longer than a turn, with a window", "stories260k", (2100, 1), (1500, 1), (1025, 1), block_size=64,
           window=1100),
     _case("sinks and window of a real model", "gpt-oss-20b", (150, 1), (140, 9), window=128, has_sinks=True),
+    _case("mixed, int8 and every option", "smollm-135m", *MIXED, window=33, soft_cap=3.0, has_sinks=True, dtype="int8"),
+    _case("mixed, float8", "llama3-8b", *MIXED, dtype="float8_e4m3fn"),
+    _case("mixed, everything in tiles, int8", "stories260k", *MIXED, has_decodes=False, tile_size=8, dtype="int8"),
+    _case("heads of 80, float8, block of 32", "phi-2", (70, 1), (40, 9), block_size=32, dtype="float8_e4m3fn"),
+    _case("one head for all queries, block of 64, float8", "gemma-2b", (133, 1), (20, 20), block_size=64,
+          dtype="float8_e4m3fn"),
+    _case("decodes longer than a turn, with a window, int8", "stories260k", (2100, 1), (1500, 1), (1025, 1),
+          window=1100, dtype="int8"),
 )  # fmt: skip
 """What every implementation is held against the reference on."""
 

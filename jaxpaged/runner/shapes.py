@@ -23,6 +23,8 @@ TILE_SIZE = 64
 """Query tokens in a chunk tile where no tuned size is known (measured in pallas_kernels/README.md, decision 6)."""
 KEY_CHUNK_TOKENS = 128
 """Keys per turn of a chunk tile, likewise; a block of more tokens is one turn."""
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+"""What vLLM's names of a cache's dtype mean."""
 INVARIANT_TILE_SIZE = 8
 """The same in batch-invariant mode, where a decode pays for a whole tile."""
 
@@ -37,6 +39,12 @@ class RunnerShapes:
     max_model_len: int
     blocks_per_seq: int
     num_rows: int
+
+
+def cache_dtype(engine_config: EngineConfig, dtype: str) -> str:
+    """The KV cache's dtype for a model of `dtype`."""
+    asked = engine_config.kv_cache_dtype
+    return dtype if asked == "auto" else CACHE_DTYPES.get(asked, asked)
 
 
 def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype: str) -> RunnerShapes:
@@ -58,7 +66,7 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=engine_config.block_size,
-        dtype=dtype,
+        dtype=cache_dtype(engine_config, dtype),
         implementation=engine_config.attention_implementation,
     )
     return RunnerShapes(
@@ -113,7 +121,7 @@ def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfi
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=engine_config.block_size,
-        dtype=dtype,
+        dtype=cache_dtype(engine_config, dtype),
     )
     if reason is None:
         return replace(engine_config, attention_implementation=row.name)

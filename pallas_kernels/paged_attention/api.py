@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention import (
     mosaic_gpu_layout,
     mosaic_tpu_layout,
     native_cpu,
+    quantization,
     reference,
     triton_gpu_layout,
     xla,
@@ -61,13 +62,14 @@ class Implementation:
     platforms: tuple[str, ...]
     """Where it runs."""
     dtypes: tuple[str, ...]
-    """Logical dtypes of keys and values that it keeps; how they are stored is its own business."""
+    """Logical dtypes of keys and values that it keeps; how they are stored, those of `quantization` with scales, is its
+    own business."""
     misfits: Callable[[AttentionCase], list[str]]
     """Every reason, beside platform and dtype, why a case is not served; empty when it is."""
     cache_shapes: Callable[[int, int, int, int, jnp.dtype], Any]
     """(num_blocks, block_size, num_kv_heads, head_dim, dtype) -> tree of jax.ShapeDtypeStruct."""
     pack: Callable[[Any, Any], Any]
-    """Keys and values [blocks, block_size, kv_heads, head_dim] (numpy) -> layer cache (numpy)."""
+    """Keys and values [blocks, block_size, kv_heads, head_dim] (numpy, or Quantized of it) -> layer cache (numpy)."""
     unpack: Callable[[Any, int, int], tuple[Any, Any]]
     """(layer cache, num_kv_heads, head_dim) -> keys and values: the way back."""
     attend: Callable[..., tuple[Any, Any]]
@@ -117,6 +119,7 @@ def _attend_triton_gpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
 
 
 GPU_PLATFORMS = ("gpu", "cuda")
+QUANTIZED = tuple(quantization.LARGEST)
 
 # Best first; a new backend is one file and one row here.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -169,7 +172,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="xla",
         summary="plain XLA, loops over tiles with dynamic length; serves where no other row does",
         platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", *QUANTIZED),
         misfits=_no_misfits,
         cache_shapes=xla.cache_shapes,
         pack=xla.pack,
@@ -180,7 +183,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="reference",
         summary="one dense score matrix per token: the truth for tests, slow",
         platforms=("cpu", "gpu", "cuda", "rocm", "tpu"),
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", *QUANTIZED),
         misfits=_no_misfits,
         cache_shapes=reference.cache_shapes,
         pack=reference.pack,
@@ -203,7 +206,9 @@ def misfits(row: Implementation, case: AttentionCase) -> list[str]:
     """Every reason why `row` does not serve `case`; empty when it does."""
     reasons = [] if case.platform in row.platforms else [f"runs on {', '.join(row.platforms)}, not on {case.platform}"]
     if case.dtype not in row.dtypes:
-        reasons.append(f"keeps keys and values as {' or '.join(row.dtypes)}, not {case.dtype}")
+        *others, last = row.dtypes
+        kept = f"{', '.join(others)} or {last}" if others else last
+        reasons.append(f"keeps keys and values as {kept}, not {case.dtype}")
     return reasons + row.misfits(case)
 
 

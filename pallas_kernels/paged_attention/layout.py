@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick
+from pallas_kernels.paged_attention.quantization import Quantized, is_quantized, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class KVLayout:
     head_dim: int
     block_size: int
     dtype: str
-    """Logical dtype of keys and values; the stored one may be its bits."""
+    """Logical dtype of keys and values; the stored one may be its bits. float8_e4m3fn and int8 have scales beside."""
     implementation: str | None = None
     """A name of IMPLEMENTATIONS; None for the one picked for the target platform."""
 
@@ -63,8 +64,14 @@ class KVLayout:
     def pack(self, key: np.ndarray, value: np.ndarray) -> Any:
         """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
         dtype = jnp.dtype(self.dtype)
-        return jax.tree.map(jnp.asarray, self.row.pack(key.astype(dtype), value.astype(dtype)))
+        pair = (quantize(a, dtype, np) if is_quantized(dtype) else a.astype(dtype) for a in (key, value))
+        return jax.tree.map(jnp.asarray, self.row.pack(*pair))
 
     def unpack(self, kv: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache, in the logical dtype."""
-        return self.row.unpack(jax.tree.map(np.asarray, kv), self.num_kv_heads, self.head_dim)
+        """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache, in the logical dtype.
+
+        Those of a quantized one are float32, times their scales.
+        """
+        pair = self.row.unpack(jax.tree.map(np.asarray, kv), self.num_kv_heads, self.head_dim)
+        key, value = (a.dequantized() if isinstance(a, Quantized) else a for a in pair)
+        return key, value

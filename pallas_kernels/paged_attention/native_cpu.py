@@ -29,14 +29,14 @@ def attend(
     query: Float[Array, "tokens q_heads head_dim"],
     key: Float[Array, "tokens kv_heads head_dim"],
     value: Float[Array, "tokens kv_heads head_dim"],
-    kv: xla.Cache,
+    kv: xla.PlainCache,
     metadata: AttentionMetadata,
     *,
     scale: float,
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], xla.Cache]:
+) -> tuple[Float[Array, "tokens q_heads head_dim"], xla.PlainCache]:
     """The op as `api.paged_attention` defines it."""
     if (reason := LIBRARY.why_unavailable()) is not None:
         raise ValueError(f"native_cpu {reason}: use implementation='xla'")

@@ -1,7 +1,10 @@
 """The truth: paged attention in plain jnp, float32, one dense score matrix per query token. Slow, and meant to be read.
 
 Layer cache: one array [blocks, block_size, 2, kv_heads, head_dim] of the logical dtype; keys are index 0, values 1.
+A quantized one has two: that array, and float32 scales [blocks, block_size, 2, kv_heads].
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +12,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
+from pallas_kernels.paged_attention.quantization import Quantized, is_quantized, quantize
 
-Cache = Float[Array, "blocks block_size 2 kv_heads head_dim"]
-
-
-def cache_shapes(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a layer cache."""
-    return jax.ShapeDtypeStruct((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype)
+Cache = Float[Array, "blocks block_size 2 kv_heads head_dim"] | Quantized
 
 
-def pack(key: np.ndarray, value: np.ndarray) -> np.ndarray:
+def cache_shapes(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Any:
+    """Shapes and dtypes of a layer cache."""
+    shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
+    heads = jax.ShapeDtypeStruct(shape, dtype)
+    return Quantized(heads, jax.ShapeDtypeStruct(shape[:-1], jnp.float32)) if is_quantized(dtype) else heads
+
+
+def pack(key: Any, value: Any) -> Any:
     """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
-    return np.stack([key, value], axis=2)
+    return jax.tree.map(lambda *parts: np.stack(parts, axis=2), key, value)
 
 
-def unpack(kv: np.ndarray, num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def unpack(kv: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
-    return kv[:, :, 0], kv[:, :, 1]
+    return jax.tree.map(lambda leaf: leaf[:, :, 0], kv), jax.tree.map(lambda leaf: leaf[:, :, 1], kv)
 
 
 def attend(
@@ -44,16 +48,21 @@ def attend(
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
     """The op as `api.paged_attention` defines it: write, then let each token attend to its own sequence."""
     num_tokens, num_q_heads, head_dim = query.shape
-    num_kv_heads, block_size = key.shape[1], kv.shape[1]
+    num_kv_heads, (stored, *_) = key.shape[1], jax.tree.leaves(kv)
+    block_size = stored.shape[1]
     blocks, offsets = metadata.slot_mapping // block_size, metadata.slot_mapping % block_size
-    kv = kv.at[blocks, offsets].set(jnp.stack([key, value], axis=1).astype(kv.dtype))
+    new: Any = jnp.stack([key, value], axis=1)
+    new = quantize(new, stored.dtype, jnp) if is_quantized(stored.dtype) else new.astype(stored.dtype)
+    kv = jax.tree.map(lambda leaf, rows: leaf.at[blocks, offsets].set(rows), kv, new)
 
     token = jnp.arange(num_tokens)
     seq = (metadata.query_starts[1:, None] <= token).sum(0).clip(max=metadata.context_lens.shape[0] - 1)
     is_real = token < metadata.query_starts[-1]
     position = metadata.context_lens[seq] - metadata.query_starts[seq + 1] + token
 
-    own = kv[metadata.block_tables[seq]].astype(jnp.float32)  # [tokens, blocks_per_seq, block_size, 2, ...]
+    gathered: Any = jax.tree.map(lambda leaf: leaf[metadata.block_tables[seq]], kv)
+    # [tokens, blocks_per_seq, block_size, 2, ...]
+    own = gathered.dequantized() if isinstance(gathered, Quantized) else gathered.astype(jnp.float32)
     own = own.reshape(num_tokens, -1, 2, num_kv_heads, head_dim)
     key_position = jnp.arange(own.shape[1])
     is_seen = (key_position <= position[:, None]) & is_real[:, None]

@@ -2,7 +2,8 @@
 
 Layer cache: keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size, head_dim]. With the
 tokens of a key block as the minor axis, both products of a chunk are row-major matrix products. bfloat16 is stored as
-its bits (uint16), because jaxlib 0.10.2 rewrites a whole bfloat16 array for every scatter on CPU.
+its bits (uint16), because jaxlib 0.10.2 rewrites a whole bfloat16 array for every scatter on CPU, and float8_e4m3fn as
+its own (uint8). A quantized cache has float32 scales of keys and of values behind, each [blocks, kv_heads, block_size].
 
 Two loops, both with dynamic trip counts, so that padding costs nothing:
 
@@ -22,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
+from pallas_kernels.paged_attention.quantization import Quantized, is_quantized, quantize
 
 DECODE_CHUNK_TOKENS = 64
 """Keys of one decode item, rounded to whole blocks."""
@@ -32,72 +34,105 @@ DECODE_TURN_ELEMENTS = 512 * 1024
 MASKED = -1e30
 """Score of a key that is not seen: finite, so that a difference of two of them is 0 and not NaN."""
 
-Cache = tuple[
-    Shaped[Array, "blocks kv_heads head_dim block_size"],
-    Shaped[Array, "blocks kv_heads block_size head_dim"],
-]
+Keys = Shaped[Array, "blocks kv_heads head_dim block_size"]
+Values = Shaped[Array, "blocks kv_heads block_size head_dim"]
+Scales = Float[Array, "blocks kv_heads block_size"]
+PlainCache = tuple[Keys, Values]
+Cache = PlainCache | tuple[Keys, Values, Scales, Scales]
+
+BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
+"""How dtypes are stored that are not stored as themselves."""
+LOGICAL = {bits: dtype for dtype, bits in BITS.items()}
 
 
 def _stored(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
+    return BITS.get(dtype, dtype)
 
 
 def cache_shapes(
     num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes and dtypes of a layer cache."""
+    scales = jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size), jnp.float32)
     return (
         jax.ShapeDtypeStruct((num_blocks, num_kv_heads, head_dim, block_size), _stored(dtype)),
         jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, head_dim), _stored(dtype)),
+        *([scales, scales] if is_quantized(dtype) else []),
     )
 
 
-def pack(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pack(key: Any, value: Any) -> tuple[np.ndarray, ...]:
     """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
+    if isinstance(key, Quantized):
+        scales = (np.ascontiguousarray(heads.scales.transpose(0, 2, 1)) for heads in (key, value))
+        return *pack(key.stored, value.stored), *scales
     dtype = _stored(key.dtype)
     keys = np.ascontiguousarray(key.transpose(0, 2, 3, 1))
     values = np.ascontiguousarray(value.transpose(0, 2, 1, 3))
     return keys.view(dtype), values.view(dtype)
 
 
-def unpack(kv: tuple[np.ndarray, np.ndarray], num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def unpack(kv: tuple[np.ndarray, ...], num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
-    dtype = jnp.bfloat16 if kv[0].dtype == np.uint16 else kv[0].dtype
-    return kv[0].view(dtype).transpose(0, 3, 1, 2), kv[1].view(dtype).transpose(0, 2, 1, 3)
+    keys, values, *scales = kv
+    dtype = LOGICAL.get(keys.dtype, keys.dtype)
+    key, value = keys.view(dtype).transpose(0, 3, 1, 2), values.view(dtype).transpose(0, 2, 1, 3)
+    if not scales:
+        return key, value
+    key_scales, value_scales = (array.transpose(0, 2, 1) for array in scales)
+    return Quantized(key, key_scales), Quantized(value, value_scales)
 
 
 def encode(array: Array, stored: jnp.dtype) -> Array:
     """`array` as it is stored."""
-    if stored == jnp.uint16:
-        return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
+    if stored in LOGICAL:
+        return lax.bitcast_convert_type(array.astype(LOGICAL[stored]), stored)
     return array.astype(stored)
 
 
 def _decode(array: Array) -> Array:
     """A stored array as float32."""
-    if array.dtype == jnp.uint16:
-        array = lax.bitcast_convert_type(array, jnp.bfloat16)
+    if array.dtype in LOGICAL:
+        array = lax.bitcast_convert_type(array, LOGICAL[array.dtype])
     return array.astype(jnp.float32)
 
 
 def write(kv: Cache, key: Array, value: Array, slot_mapping: Int[Array, "tokens"]) -> Cache:
     """The cache with each token's key and value in its slot. Padding tokens share slot 0: no unique_indices here."""
-    keys, values = kv
+    keys, values, *scales = kv
     block_size = keys.shape[-1]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    if not scales:
+        keys = keys.at[blocks, :, :, offsets].set(encode(key, keys.dtype))
+        return keys, values.at[blocks, :, offsets, :].set(encode(value, values.dtype))
+    key_scales, value_scales = scales
+    logical = LOGICAL.get(keys.dtype, keys.dtype)
+    key, new_key_scales = quantize(key, logical, jnp)
+    value, new_value_scales = quantize(value, logical, jnp)
     keys = keys.at[blocks, :, :, offsets].set(encode(key, keys.dtype))
     values = values.at[blocks, :, offsets, :].set(encode(value, values.dtype))
-    return keys, values
+    key_scales = key_scales.at[blocks, :, offsets].set(new_key_scales)
+    value_scales = value_scales.at[blocks, :, offsets].set(new_value_scales)
+    return keys, values, key_scales, value_scales
 
 
-def _gather(
-    kv: Cache, ids: Int[Array, "items item_blocks"], is_used: Bool[Array, "items keys"]
-) -> tuple[Float[Array, "items kv_heads head_dim keys"], Float[Array, "items kv_heads keys head_dim"]]:
-    """Keys and values of each item's blocks, contiguous, float32; values of keys that are not used are 0.
+class _Chunk(NamedTuple):
+    """Keys and values of each item's blocks, contiguous, as float32. What is not used does no harm in `values`."""
 
-    Whatever a value is, 0 * NaN is NaN: so an unused value is cleared here, an unused score later.
+    keys: Float[Array, "items kv_heads head_dim keys"]
+    values: Float[Array, "items kv_heads keys head_dim"]
+    key_scales: Float[Array, "items kv_heads keys"] | None = None
+    value_scales: Float[Array, "items kv_heads keys"] | None = None
+    """0 where a key is not used."""
+
+
+def _gather(kv: Cache, ids: Int[Array, "items item_blocks"], is_used: Bool[Array, "items keys"]) -> _Chunk:
+    """The chunk of each item's blocks.
+
+    Whatever a value is, 0 * NaN is NaN: so an unused value is cleared here, an unused score later. Of a quantized cache
+    only scales can be NaN.
     """
-    keys, values = kv
+    keys, values, *scales = kv
     _, num_kv_heads, head_dim, block_size = keys.shape
     num_items, num_blocks = ids.shape
     ids = jnp.where(is_used.reshape(num_items, num_blocks, block_size).any(-1), ids, 0)
@@ -107,7 +142,14 @@ def _gather(
     slabs = values.reshape(-1, block_size * head_dim)
     rows = ids[:, None, :] * num_kv_heads + jnp.arange(num_kv_heads)[:, None]
     gathered_values = slabs.at[rows].get(mode="promise_in_bounds").reshape(num_items, num_kv_heads, -1, head_dim)
-    return _decode(gathered), jnp.where(is_used[:, None, :, None], _decode(gathered_values), 0.0)
+    if not scales:
+        return _Chunk(_decode(gathered), jnp.where(is_used[:, None, :, None], _decode(gathered_values), 0.0))
+    key_scales, value_scales = (
+        leaf.at[ids].get(mode="promise_in_bounds").swapaxes(1, 2).reshape(num_items, num_kv_heads, -1)
+        for leaf in scales
+    )
+    value_scales = jnp.where(is_used[:, None], value_scales, 0.0)
+    return _Chunk(_decode(gathered), _decode(gathered_values), key_scales, value_scales)
 
 
 def _varying_axes(array: Any) -> frozenset[Any]:
@@ -137,12 +179,14 @@ class _Partial(NamedTuple):
 
 def _score(
     query: Float[Array, "items kv_heads rows head_dim"],
-    keys: Float[Array, "items kv_heads head_dim keys"],
+    chunk: _Chunk,
     is_seen: Bool[Array, "items #rows keys"],
     soft_cap: float | None,
 ) -> Float[Array, "items kv_heads rows keys"]:
     """Scores of one chunk of each item, MASKED where a key is not seen."""
-    scores = jnp.einsum("ihrd,ihdk->ihrk", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("ihrd,ihdk->ihrk", query, chunk.keys, preferred_element_type=jnp.float32)
+    if chunk.key_scales is not None:
+        scores = scores * chunk.key_scales[:, :, None]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     return jnp.where(is_seen[:, None], scores, MASKED)
@@ -150,14 +194,15 @@ def _score(
 
 def _weigh(
     scores: Float[Array, "items kv_heads rows keys"],
-    values: Float[Array, "items kv_heads keys head_dim"],
+    chunk: _Chunk,
     is_seen: Bool[Array, "items #rows keys"],
     highest: Float[Array, "items kv_heads rows"],
 ) -> _Partial:
     """The partial softmax of one chunk of each item, relative to `highest`."""
     # the second mask is for a row that has not seen a key yet: there MASKED - highest is 0
     weights = jnp.where(is_seen[:, None], jnp.exp(scores - highest[..., None]), 0.0)
-    weighted = jnp.einsum("ihrk,ihkd->ihrd", weights, values, preferred_element_type=jnp.float32)
+    scaled = weights if chunk.value_scales is None else weights * chunk.value_scales[:, :, None]
+    weighted = jnp.einsum("ihrk,ihkd->ihrd", scaled, chunk.values, preferred_element_type=jnp.float32)
     return _Partial(weighted, highest, weights.sum(-1))
 
 
@@ -233,7 +278,7 @@ def _attend_decodes(
         is_seen = (positions < lens[sequences][:, None]) & is_item[:, None]
         if window is not None:
             is_seen &= positions >= first_keys[sequences][:, None]
-        keys, values = _gather(kv, tables[sequences, chunks], is_seen)
+        keys = _gather(kv, tables[sequences, chunks], is_seen)
         rows = query[sequences].astype(jnp.float32).reshape(-1, num_kv_heads, group, head_dim) * scale
         scores = _score(rows, keys, is_seen[:, None], soft_cap)
         # the sequence left open by the turn before joins as item 0; items that are none are sequence -1
@@ -242,7 +287,7 @@ def _attend_decodes(
         highest = jnp.concatenate([pending.highest[None], scores.max(-1)])
         common = jnp.where(is_same[:, :, None, None], highest, MASKED).max(1)
         shrink = jnp.exp(pending.highest - common[0])
-        partials = _weigh(scores, values, is_seen[:, None], common[1:])
+        partials = _weigh(scores, keys, is_seen[:, None], common[1:])
         weighted = jnp.concatenate([(pending.weighted * shrink[..., None])[None], partials.weighted])
         total = jnp.concatenate([(pending.total * shrink)[None], partials.total])
         merged = _sum_by_sequence(_Partial(weighted, common, total), is_same)
@@ -300,9 +345,9 @@ def _attend_tiles(
             is_used = positions < end
             if window is not None:
                 is_seen &= positions > row_positions[:, None] - window
-            keys, values = _gather(kv, ids, is_used[None])
+            keys = _gather(kv, ids, is_used[None])
             scores = _score(rows, keys, is_seen[None], soft_cap)
-            now = _weigh(scores, values, is_seen[None], jnp.maximum(before.highest, scores.max(-1)))
+            now = _weigh(scores, keys, is_seen[None], jnp.maximum(before.highest, scores.max(-1)))
             shrink = jnp.exp(before.highest - now.highest)
             weighted = before.weighted * shrink[..., None] + now.weighted
             return _Partial(weighted, now.highest, before.total * shrink + now.total)

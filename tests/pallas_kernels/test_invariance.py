@@ -76,7 +76,7 @@ class Story:
                 joined = np.concatenate(parts)
                 padded = np.full((NUM_TOKENS, *joined.shape[1:]), np.nan, np.float32)
                 padded[: len(joined)] = joined
-                arrays.append(jnp.asarray(padded, jnp.dtype(self.dtype)))
+                arrays.append(jnp.asarray(padded, "bfloat16" if self.dtype == "bfloat16" else "float32"))
             output, kv = self.attend(*arrays, kv, metadata)
             output = np.asarray(output.astype(jnp.float32))
             first = 0
@@ -88,9 +88,16 @@ class Story:
         return outputs
 
 
-@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("bfloat16", 37)])
 @pytest.mark.parametrize(
-    ("implementation", "has_decodes"), [("xla", False), ("native_cpu", False), ("native_cpu", True)]
+    ("implementation", "has_decodes", "dtype", "window"),
+    [
+        *(
+            (*kind, *options)
+            for kind in (("xla", False), ("native_cpu", False), ("native_cpu", True))
+            for options in (("float32", None), ("bfloat16", 37))
+        ),
+        ("xla", False, "int8", None),
+    ],
 )
 def test_a_token_is_bit_equal_in_any_row_company_chunking_and_block_size(
     implementation: str, has_decodes: bool, dtype: str, window: int | None

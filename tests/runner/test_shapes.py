@@ -7,7 +7,7 @@ from harness import TINY
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.runner import shapes
-from jaxpaged.runner.shapes import with_checked_attention
+from jaxpaged.runner.shapes import resolve_shapes, with_checked_attention
 from pallas_kernels.paged_attention import api
 from pallas_kernels.self_check import self_check
 
@@ -69,3 +69,28 @@ def test_what_was_asked_for_or_runs_here_is_not_checked(monkeypatch):
     monkeypatch.setattr(shapes, "target_platform", lambda: "tpu")
     asked = dataclasses.replace(CONFIG, attention_implementation="xla")
     assert with_checked_attention(asked, TINY, "float32") == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"),
+    [
+        ("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8"),
+        ("fp8", "float8_e4m3fn"), ("fp8_e4m3", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn"),
+    ],
+)  # fmt: skip
+def test_the_cache_has_the_dtype_that_was_asked_for_by_any_of_its_names(asked, dtype):
+    config = dataclasses.replace(CONFIG, kv_cache_dtype=asked)
+    assert resolve_shapes(config, TINY, "bfloat16").layout.dtype == dtype
+
+
+def test_a_cache_dtype_that_nobody_keeps_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8_e5m2' is not known: choose one of auto, .*, int8"):
+        EngineConfig(kv_cache_dtype="fp8_e5m2")
+    config = dataclasses.replace(CONFIG, kv_cache_dtype="int8", attention_implementation="native_cpu")
+    with pytest.raises(ValueError, match="native_cpu: keeps keys and values as float32 or bfloat16, not int8"):
+        resolve_shapes(config, TINY, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_quantized_cache_is_checked_as_what_it_is(dtype):
+    assert self_check("xla", **{**HEADS, "dtype": dtype}) is None
