@@ -83,10 +83,6 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "batch_invariant", "run_ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False")
-        if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} is not supported yet: leave it at 1"
-            )
 
 
 OPTIONS = tuple(dataclasses.fields(EngineConfig))

@@ -24,11 +24,12 @@ from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.turn import Turn
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
-from jaxpaged.models.parameters import parameter_specs
+from jaxpaged.models.parameters import parameter_axes, parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.shapes import RunnerShapes, memory_plan, resolve_shapes, with_checked_attention
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
+from jaxpaged.sharding import Cut, Placement, make_mesh
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 ALIASES = {"gpu_memory_utilization": "device_memory_fraction"}
@@ -136,15 +137,21 @@ class LLM:
         if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
             raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
         # whatever can be refused is refused before a weight is read
+        mesh = make_mesh(config.tensor_parallel_size)
         model_config = _read_config(folder, config)
         config = with_checked_attention(config, model_config, model_config.dtype)
         shapes, plan = _plan(config, model_config)
+        put = None if mesh is None else Placement(mesh, _cut(config, model_config)).put
         self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
         text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
         started = time.perf_counter()
         load = checkpoint.load if checkpoint.is_native(folder) else load_huggingface
         model_config, module = load(
-            folder, dtype=model_config.dtype, max_model_len=config.max_model_len, show_progress=show_progress
+            folder,
+            dtype=model_config.dtype,
+            max_model_len=config.max_model_len,
+            show_progress=show_progress,
+            put=put,
         )
         jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
         self.load_s = time.perf_counter() - started
@@ -153,7 +160,7 @@ class LLM:
         self._turn = Turn()
         self._open_stream: _OpenStream | None = None
         try:
-            self.engine = Engine(module, model_config, config, shapes, plan, tokenizer=text)
+            self.engine = Engine(module, model_config, config, shapes, plan, tokenizer=text, mesh=mesh)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -401,10 +408,17 @@ def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes
     """Shapes and memory plan, before any weight is there."""
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     itemsize = jnp.dtype(model_config.dtype).itemsize
+    cut = _cut(config, model_config)
     specs = parameter_specs(build_abstract(model_config))
-    weight_bytes = sum(math.prod(spec.shape) * itemsize for spec in specs.values())
+    weight_bytes = sum(math.prod(cut.part_shape(path, spec.shape)) * itemsize for path, spec in specs.items())
     plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
     return shapes, plan
+
+
+def _cut(config: EngineConfig, model_config: ModelConfig) -> Cut:
+    """How the model's parameters are cut over the devices."""
+    axes = parameter_axes(build_abstract(model_config))
+    return Cut(config.tensor_parallel_size, model_config.num_kv_heads, axes)
 
 
 def plan_for(model: str | Path, **options: Any) -> str:

@@ -74,6 +74,24 @@ def compile_for_tpu(
     )
 
 
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """The devices of a TPU topology that is not here, to make a mesh of for `compile_over_tpus`."""
+    return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+
+
+def compile_over_tpus(
+    function: Callable[..., Any], *shapes: Any, donate: int | Sequence[int] = ()
+) -> jax.stages.Compiled:
+    """`function` compiled for a mesh of `tpu_devices`: `shapes` have shardings, and kernels stand in a `shard_map`.
+
+    Raises as `compile_for_tpu` does.
+    """
+    missing = missing_for_tpu()
+    if missing is not None:
+        raise RuntimeError(missing)
+    return _compiled(jax.jit(function, donate_argnums=donate), shapes, "tpu", None)
+
+
 def compile_for_h200(
     function: Callable[..., Any],
     *shapes: Any,
@@ -104,7 +122,14 @@ def _compile(
     sharding = SingleDeviceSharding(device)
     jitted = jax.jit(function, donate_argnums=donate, in_shardings=sharding, out_shardings=sharding)
     num_cores = getattr(device, "core_count", None) or 1
-    with lowering_for(platform, device.device_kind, num_cores), warnings.catch_warnings():
+    with lowering_for(platform, device.device_kind, num_cores):
+        return _compiled(jitted, shapes, platform, compiler_options)
+
+
+def _compiled(
+    jitted: Any, shapes: Any, platform: str, compiler_options: dict[str, Any] | None
+) -> jax.stages.Compiled:
+    with warnings.catch_warnings():
         # without a device, jax cannot load such a program from its persistent cache: it says so and compiles again
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return jitted.trace(*shapes).lower(lowering_platforms=(platform,)).compile(compiler_options)

@@ -6,15 +6,19 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.parameters import fill, parameter_arrays, parameter_axes
 from jaxpaged.models.random_model import random_model
+from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.shapes import memory_plan, resolve_shapes
 from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sharding import Cut, Placement, make_mesh
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -72,7 +76,16 @@ def make_engine(model: tuple[nnx.Module, ModelConfig], tokenizer: Any = None, **
     config = EngineConfig(**chosen)
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     plan = memory_plan(config, model_config, shapes, weight_bytes=0, dtype=model_config.dtype)
-    return Engine(module, model_config, config, shapes, plan, tokenizer=tokenizer)
+    mesh = make_mesh(config.tensor_parallel_size)
+    if mesh is not None:
+        module = on_mesh(module, model_config, mesh)
+    return Engine(module, model_config, config, shapes, plan, tokenizer=tokenizer, mesh=mesh)
+
+
+def on_mesh(module: nnx.Module, model_config: ModelConfig, mesh: Mesh) -> nnx.Module:
+    """The model spread over a mesh, as loading spreads it."""
+    cut = Cut(mesh.size, model_config.num_kv_heads, parameter_axes(module))
+    return fill(build_abstract(model_config), parameter_arrays(module), put=Placement(mesh, cut).put)
 
 
 def finish(engine: Engine) -> dict[str, RequestOutput]:

@@ -236,7 +236,7 @@ def test_a_memory_fraction_out_of_range_is_refused(model, value):
         ({"max_num_seqs": 64}, "max_num_batched_tokens"),
         ({"max_model_len": 4096}, "128"),
         ({"enable_chunked_prefill": False}, "max_num_batched_tokens"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 3}, "does not divide the model's 4 query heads"),
         ({"num_device_blocks": 1}, "num_device_blocks"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.core.block_manager import BlockManager
@@ -57,6 +58,7 @@ class Engine:
 
     Args:
         tokenizer: May be None; then prompts must be token ids and nothing is detokenized.
+        mesh: The devices that share the model, as its weights were put there; None for one device.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         memory_plan: MemoryPlan,
         *,
         tokenizer: Tokenizer | None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model_config = model_config
         self.config = engine_config
@@ -76,7 +79,7 @@ class Engine:
         self.max_model_len = shapes.max_model_len
         self.host_times = HostTimes()
         self.finished_counts = FinishedCounts()
-        self.runner = ModelRunner(model, model_config, engine_config, shapes, memory_plan)
+        self.runner = ModelRunner(model, model_config, engine_config, shapes, memory_plan, mesh)
         self.scheduler = Scheduler(
             block_manager=BlockManager(
                 num_device_blocks=memory_plan.num_device_blocks,

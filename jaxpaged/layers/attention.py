@@ -28,10 +28,13 @@ class Attention(nnx.Module):
         use_bias: bool,
         dtype: DTypeLike,
     ) -> None:
-        self.query = Linear(model_dim, num_q_heads * head_dim, use_bias=use_bias, dtype=dtype)
-        self.key = Linear(model_dim, num_kv_heads * head_dim, use_bias=use_bias, dtype=dtype)
-        self.value = Linear(model_dim, num_kv_heads * head_dim, use_bias=use_bias, dtype=dtype)
-        self.output = Linear(num_q_heads * head_dim, model_dim, use_bias=use_bias, dtype=dtype)
+        self.query = Linear(model_dim, num_q_heads * head_dim, use_bias=use_bias, dtype=dtype, axes=("q_heads", None))
+        kv_dim, kv_axes = num_kv_heads * head_dim, ("kv_heads", None)
+        self.key = Linear(model_dim, kv_dim, use_bias=use_bias, dtype=dtype, axes=kv_axes)
+        self.value = Linear(model_dim, kv_dim, use_bias=use_bias, dtype=dtype, axes=kv_axes)
+        self.output = Linear(
+            num_q_heads * head_dim, model_dim, use_bias=use_bias, dtype=dtype, axes=(None, "q_heads")
+        )
         self.head_dim = head_dim
 
     def __call__(

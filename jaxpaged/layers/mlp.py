@@ -29,9 +29,9 @@ class GatedMLP(nnx.Module):
     def __init__(
         self, model_dim: int, mlp_dim: int, *, activation: str, use_bias: bool, dtype: DTypeLike
     ) -> None:
-        self.gate = Linear(model_dim, mlp_dim, use_bias=use_bias, dtype=dtype)
-        self.up = Linear(model_dim, mlp_dim, use_bias=use_bias, dtype=dtype)
-        self.down = Linear(mlp_dim, model_dim, use_bias=use_bias, dtype=dtype)
+        self.gate = Linear(model_dim, mlp_dim, use_bias=use_bias, dtype=dtype, axes=("mlp", None))
+        self.up = Linear(model_dim, mlp_dim, use_bias=use_bias, dtype=dtype, axes=("mlp", None))
+        self.down = Linear(mlp_dim, model_dim, use_bias=use_bias, dtype=dtype, axes=(None, "mlp"))
         self.activation = activation
 
     def __call__(self, hidden: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:

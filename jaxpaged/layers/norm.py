@@ -11,7 +11,7 @@ class RMSNorm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019), computed in float32, result in the dtype of the inputs."""
 
     def __init__(self, dim: int, *, eps: float, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=(None,))
         self.eps = eps
 
     def __call__(self, inputs: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:

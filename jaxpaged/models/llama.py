@@ -15,6 +15,7 @@ from jaxpaged.layers.mlp import GatedMLP
 from jaxpaged.layers.norm import RMSNorm
 from jaxpaged.layers.rope import build_rope_table, rotary_angles
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.sharding import gather
 
 
 class LlamaLayer(nnx.Module):
@@ -86,8 +87,9 @@ class LlamaForCausalLM(nnx.Module):
         self.head = (
             None
             if config.tie_embeddings
-            else Linear(config.model_dim, config.vocab_size, use_bias=False, dtype=config.dtype)
+            else Linear(config.model_dim, config.vocab_size, use_bias=False, dtype=config.dtype, axes=("vocab", None))
         )
+        self.vocab_size = config.vocab_size
         self.rope = build_rope_table(
             head_dim=config.head_dim,
             theta=config.rope_theta,
@@ -131,4 +133,4 @@ class LlamaForCausalLM(nnx.Module):
         """Return the float32 logits of the rows that need them."""
         if self.head is None:
             return self.embedding.logits(hidden)
-        return self.head.sums(hidden)
+        return gather(self.head.sums(hidden), "vocab", dimension=1)[:, : self.vocab_size]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpaged.sharding import LogicalAxes
+
 Model = TypeVar("Model", bound=nnx.Module)
 
 MOST_NAMES_SHOWN = 8
@@ -31,6 +33,11 @@ def parameter_specs(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
 def parameter_arrays(model: nnx.Module) -> dict[str, jax.Array]:
     """Return every parameter by path."""
     return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def parameter_axes(model: nnx.Module) -> dict[str, LogicalAxes]:
+    """Return the logical axes of every parameter by path, as `sharding` reads them."""
+    return {".".join(map(str, path)): variable.axes for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 def check_names(given: Iterable[str], wanted: Iterable[str], where: str) -> None:

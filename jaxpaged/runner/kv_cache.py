@@ -28,6 +28,8 @@ class MemoryPlan:
     """Bytes on one device, and the number of blocks that follow."""
 
     device_kind: str
+    num_devices: int
+    """Devices that share the model; each has a part of the weights and of every block."""
     device_bytes: int | None
     """What the device has (on a CPU: what is available now); None where it does not tell."""
     device_memory_fraction: float
@@ -37,7 +39,7 @@ class MemoryPlan:
     """A bound on what one step needs besides weights and cache: hidden states, MLP, logits."""
     sampler_bytes: int
     block_bytes: int
-    """One block in all layers."""
+    """One block in all layers, on one device."""
     num_device_blocks: int
     num_host_blocks: int
     block_size: int
@@ -51,7 +53,7 @@ class MemoryPlan:
 
     @property
     def host_bytes(self) -> int:
-        return self.num_host_blocks * self.block_bytes
+        return self.num_host_blocks * self.block_bytes * self.num_devices
 
     def table(self) -> str:
         """The plan for a person to read. The null block of each pool holds no tokens and is not counted as a block."""
@@ -61,8 +63,9 @@ class MemoryPlan:
         if self.device_bytes is not None:
             size = f"{self.device_bytes / mib:,.0f} MiB"
             usable = f"{self.device_bytes * self.device_memory_fraction / mib:,.0f} MiB"
+        devices = self.device_kind if self.num_devices == 1 else f"{self.num_devices} x {self.device_kind}, each"
         rows = (
-            ("device", f"{self.device_kind}, {size}"),
+            ("device", f"{devices}, {size}"),
             ("usable", usable),
             ("weights", f"{self.weight_bytes / mib:,.1f} MiB"),
             ("activations, at most", f"{self.activation_bytes / mib:,.1f} MiB"),
@@ -102,9 +105,12 @@ def device_bytes(device: Device) -> int | None:
     return None if size is None else int(size)
 
 
-def activation_bytes(config: ModelConfig, *, num_tokens: int, num_logits: int, itemsize: int) -> int:
-    """A bound on the temporaries of one step of this size."""
-    widest = 4 * config.model_dim + 3 * config.mlp_dim + 2 * config.num_q_heads * config.head_dim
+def activation_bytes(
+    config: ModelConfig, *, num_tokens: int, num_logits: int, itemsize: int, num_devices: int = 1
+) -> int:
+    """A bound on the temporaries of one step of this size, on one of the devices that share the model."""
+    cut = 3 * config.mlp_dim + 2 * config.num_q_heads * config.head_dim
+    widest = 4 * config.model_dim + -(-cut // num_devices)
     return num_tokens * widest * max(itemsize, 4) + 4 * num_logits * config.vocab_size * 4
 
 
@@ -123,20 +129,29 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the number of device and host blocks. Nothing is allocated, and no weight has to be loaded.
 
+    `weight_bytes`, `layer_block_bytes` and `sampler_bytes` are those of one device.
+
     Raises ValueError, with the figures, where the model does not fit, where not one sequence of `max_model_len` would,
     or where more blocks are asked for than there is memory.
     """
+    num_devices = engine_config.tensor_parallel_size
     total = device_bytes(device)
-    activations = activation_bytes(model_config, num_tokens=num_tokens, num_logits=num_logits, itemsize=itemsize)
+    if total is not None and device.platform == "cpu":
+        total //= num_devices  # virtual devices share the host's memory
+    activations = activation_bytes(
+        model_config, num_tokens=num_tokens, num_logits=num_logits, itemsize=itemsize, num_devices=num_devices
+    )
     besides = weight_bytes + activations + sampler_bytes
     block_bytes = layer_block_bytes * model_config.num_layers
     per_sequence = -(-max_model_len // engine_config.block_size)
     num_device_blocks, limited_by = _num_device_blocks(
         engine_config, device, total, besides, block_bytes, max_model_len, per_sequence
     )
-    in_host_memory = besides + num_device_blocks * block_bytes if device.platform == "cpu" else 0
+    on_all_devices = num_devices * (besides + num_device_blocks * block_bytes)
+    in_host_memory = on_all_devices if device.platform == "cpu" else 0
     return MemoryPlan(
         device_kind=device.device_kind,
+        num_devices=num_devices,
         device_bytes=total,
         device_memory_fraction=engine_config.device_memory_fraction,
         weight_bytes=weight_bytes,
@@ -144,7 +159,9 @@ def plan_memory(
         sampler_bytes=sampler_bytes,
         block_bytes=block_bytes,
         num_device_blocks=num_device_blocks,
-        num_host_blocks=_num_host_blocks(engine_config, num_device_blocks, block_bytes, in_host_memory),
+        num_host_blocks=_num_host_blocks(
+            engine_config, num_device_blocks, block_bytes * num_devices, in_host_memory
+        ),
         block_size=engine_config.block_size,
         max_model_len=max_model_len,
         limited_by=limited_by,
@@ -190,7 +207,10 @@ def _num_device_blocks(
 
 
 def _num_host_blocks(config: EngineConfig, num_device_blocks: int, block_bytes: int, in_host_memory: int) -> int:
-    """Blocks in the host pool, its null block included; `in_host_memory` is what a CPU device takes there itself."""
+    """Blocks in the host pool, its null block included.
+
+    `block_bytes` are those of a block on all devices, `in_host_memory` what CPU devices take there themselves.
+    """
     available = available_host_bytes()
     if isinstance(config.host_memory_bytes, int):
         host = config.host_memory_bytes

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.core.request import Request, Sequence
@@ -23,11 +24,13 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import BuiltBatch, PackedLayout, RowTables, build
 from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.parallel import empty_cache, parallel_over
 from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.step import jitted
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,12 @@ class ModelRunner:
     Args:
         model: An NNX module of `models/`; its leaves are taken once, its graph definition stays in the step's closure.
         plan: The number of blocks to allocate on device and host.
+        mesh: The devices that share the model, whose weights were put there by `sharding.Placement`; None for one.
     """
 
     def __init__(
         self, model: nnx.Module, model_config: ModelConfig, engine_config: EngineConfig, shapes: RunnerShapes,
-        plan: MemoryPlan,
+        plan: MemoryPlan, mesh: Mesh | None = None,
     ) -> None:
         self.shapes = shapes
         self._vocab_size = model_config.vocab_size
@@ -113,14 +117,15 @@ class ModelRunner:
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         self._leaves: tuple[jax.Array, ...] = tuple(leaves)
-        self._device = next(iter(leaves[0].devices()))
+        self._parallel = None if mesh is None else parallel_over(mesh, model, shapes.layout, self._num_layers)
+        self._everywhere = SingleDeviceSharding(next(iter(leaves[0].devices()))) if mesh is None else whole(mesh)
         self._kv: Any = self._init_kv()
         self._state: SamplerState = self._init_state()
         self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
         self._step, self._sample = jitted(
-            graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs
+            graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs, self._parallel
         )
         self._layouts = {
             bucket: PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending) for bucket in shapes.buckets.all
@@ -130,13 +135,15 @@ class ModelRunner:
 
     def _init_kv(self) -> Any:
         """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
-        kv = tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
-        return jax.device_put(kv, self._device)
+        if self._parallel is None:
+            kv = tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
+            return jax.device_put(kv, self._everywhere)
+        return empty_cache(self._parallel, self.shapes.layout, self._num_blocks)
 
     def _init_state(self) -> SamplerState:
         """Committed from the start too, as what a step with a committed cache gives back is."""
         state = init_state(self.shapes.num_rows, self.shapes.max_model_len, self._vocab_size)
-        return jax.device_put(state, self._device)
+        return jax.device_put(state, self._everywhere)
 
     def reset(self) -> None:
         """Start from an empty cache and state, after a step failed and took the donated arrays with it."""

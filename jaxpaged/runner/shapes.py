@@ -13,6 +13,7 @@ from jaxpaged.runner.buckets import Buckets, make_buckets
 from jaxpaged.runner.input_batch import Attending
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
+from jaxpaged.sharding import HeadCounts, cut_heads
 from pallas_kernels import KVLayout, target_platform
 from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 from pallas_kernels.self_check import self_check
@@ -36,6 +37,7 @@ class RunnerShapes:
     buckets: Buckets
     attending: Attending
     layout: KVLayout
+    """Of one layer's cache on one device."""
     max_model_len: int
     blocks_per_seq: int
     num_rows: int
@@ -62,8 +64,9 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         )
     is_invariant = engine_config.batch_invariant
     is_cpu = target_platform() == "cpu"
+    heads = heads_of_one_device(model_config, engine_config)
     layout = KVLayout(
-        num_kv_heads=model_config.num_kv_heads,
+        num_kv_heads=heads.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=engine_config.block_size,
         dtype=cache_dtype(engine_config, dtype),
@@ -77,7 +80,7 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
             has_middles=is_cpu,
             is_single=is_invariant,
         ),
-        attending=_attending(layout, model_config, is_invariant),
+        attending=_attending(layout, heads.num_q_heads // heads.num_kv_heads, is_invariant),
         layout=layout,
         max_model_len=max_model_len,
         blocks_per_seq=-(-max_model_len // engine_config.block_size),
@@ -85,7 +88,12 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
     )
 
 
-def _attending(layout: KVLayout, model_config: ModelConfig, is_invariant: bool) -> Attending:
+def heads_of_one_device(model_config: ModelConfig, engine_config: EngineConfig) -> HeadCounts:
+    """The heads that each device has. Raises ValueError where they cannot be cut."""
+    return cut_heads(model_config.num_q_heads, model_config.num_kv_heads, engine_config.tensor_parallel_size)
+
+
+def _attending(layout: KVLayout, group: int, is_invariant: bool) -> Attending:
     """Tiles as they were tuned for the device; those of batch-invariant mode are the same everywhere."""
     tiles: Mapping[str, int] = {"tile_size": INVARIANT_TILE_SIZE}
     if not is_invariant:
@@ -95,7 +103,7 @@ def _attending(layout: KVLayout, model_config: ModelConfig, is_invariant: bool) 
             head_dim=layout.head_dim,
             block_size=layout.block_size,
             num_kv_heads=layout.num_kv_heads,
-            group=model_config.num_q_heads // layout.num_kv_heads,
+            group=group,
         )
         tiles = tuned_sizes(shape).tiles
     return Attending(
@@ -115,10 +123,11 @@ def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfi
     if engine_config.attention_implementation is not None or target_platform() == "cpu":
         return engine_config
     row = resolve_shapes(engine_config, model_config, dtype).layout.row
+    heads = heads_of_one_device(model_config, engine_config)
     reason = self_check(
         row.name,
-        num_q_heads=model_config.num_q_heads,
-        num_kv_heads=model_config.num_kv_heads,
+        num_q_heads=heads.num_q_heads,
+        num_kv_heads=heads.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=engine_config.block_size,
         dtype=cache_dtype(engine_config, dtype),
@@ -136,7 +145,7 @@ def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfi
 def memory_plan(
     engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, *, weight_bytes: int, dtype: str
 ) -> MemoryPlan:
-    """The memory plan of a model, before or after its weights are loaded."""
+    """The memory plan of a model, before or after its weights are loaded; `weight_bytes` are those of one device."""
     largest = shapes.buckets.all[-1]
     return plan_memory(
         engine_config,

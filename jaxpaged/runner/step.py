@@ -1,7 +1,7 @@
 """One step of model and sampler as pure functions, jitted for a runner, or as shapes to be compiled elsewhere."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.models.config import ModelConfig
@@ -16,16 +17,22 @@ from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
 from jaxpaged.runner.logits import first_argmax, maximum
+from jaxpaged.runner.parallel import Parallel, cache_shapes, parallel_over, parallel_step, parameter_shapes
 from jaxpaged.runner.sampler import SamplerState, init_state, sample
 from jaxpaged.runner.shapes import RunnerShapes
+from jaxpaged.sharding import whole
 from pallas_kernels import paged_attention
 
 
 @functools.lru_cache(maxsize=16)
-def jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int) -> tuple[Any, Any]:
+def jitted(
+    graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int, parallel: Parallel | None
+) -> tuple[Any, Any]:
     """The jitted step and sampler; engines of equal graphs share them, and with them every trace and compile."""
     attention = partial(paged_attention, implementation=implementation)
-    jitted_step = jax.jit(partial(step, graph, tree, attention, block_size), static_argnums=4, donate_argnums=(1, 2))
+    one_device = partial(step, graph, tree, attention, block_size)
+    function = one_device if parallel is None else partial(parallel_step, parallel, one_device)
+    jitted_step = jax.jit(function, static_argnums=4, donate_argnums=(1, 2))
     return jitted_step, jax.jit(partial(sample_rows, max_logprobs), donate_argnums=1)
 
 
@@ -78,13 +85,31 @@ class AbstractStep:
 
 
 def abstract_step(
-    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, bucket: Bucket, num_blocks: int
+    engine_config: EngineConfig,
+    model_config: ModelConfig,
+    shapes: RunnerShapes,
+    bucket: Bucket,
+    num_blocks: int,
+    mesh: Mesh | None = None,
 ) -> AbstractStep:
-    """The step that the runner would jit for `bucket`, to be lowered for any platform; nothing is allocated."""
-    graph, state = nnx.split(build_abstract(model_config, max_model_len=shapes.max_model_len))
+    """The step that the runner would jit for `bucket`, to be lowered for any platform; nothing is allocated.
+
+    With a mesh, of devices that need not be here, it is spread over them, and its arguments have their shardings.
+    """
+    model = build_abstract(model_config, max_model_len=shapes.max_model_len)
+    graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     layout = PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending)
     attention = partial(paged_attention, implementation=engine_config.attention_implementation)
+    everywhere = None
+    weights: Sequence[jax.ShapeDtypeStruct] = leaves
+    kv: Any = tuple(shapes.layout.shapes(num_blocks) for _ in range(model_config.num_layers))
+    parallel = None
+    if mesh is not None:
+        everywhere = whole(mesh)
+        weights = tuple(parameter_shapes(mesh, model, model_config.num_kv_heads).values())
+        parallel = parallel_over(mesh, model, shapes.layout, model_config.num_layers)
+        kv = cache_shapes(parallel, shapes.layout, num_blocks)
 
     # the state goes as its leaves: its annotations want arrays, and here there are shapes only
     trees: list[Any] = []
@@ -94,17 +119,25 @@ def abstract_step(
         trees.append(tree)
         return leaves
 
-    def function(leaves: Any, kv: Any, state: Any, packed: jax.Array) -> Any:
+    def one_device(leaves: Any, kv: Any, state: Any, packed: jax.Array, layout: PackedLayout) -> Any:
         state = jax.tree.unflatten(trees[0], state)
         kv, state, *rest = step(
             graph, tree, attention, engine_config.block_size, leaves, kv, state, packed, layout
         )
-        return kv, jax.tree.leaves(state), rest
+        return kv, jax.tree.leaves(state), *rest
+
+    def function(leaves: Any, kv: Any, state: Any, packed: jax.Array) -> Any:
+        if parallel is None:
+            return one_device(leaves, kv, state, packed, layout)
+        return parallel_step(parallel, one_device, leaves, kv, state, packed, layout)
+
+    def shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
     arguments = (
-        tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
-        tuple(shapes.layout.shapes(num_blocks) for _ in range(model_config.num_layers)),
-        jax.eval_shape(state_leaves),
-        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+        tuple(weights) if parallel is not None else tuple(map(shape, weights)),
+        kv,
+        list(map(shape, jax.eval_shape(state_leaves))),
+        jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere),
     )
     return AbstractStep(function, arguments)

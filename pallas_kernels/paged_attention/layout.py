@@ -61,6 +61,21 @@ class KVLayout:
         """Bytes of one block in one layer."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes(1)))
 
+    @property
+    def head_axes(self) -> Any:
+        """For each leaf the axis that heads lie along: caches of devices that hold some heads each stand side by side
+        there, as parts of one array."""
+
+        def shapes(num_kv_heads: int) -> Any:
+            return self.row.cache_shapes(1, self.block_size, num_kv_heads, self.head_dim, jnp.dtype(self.dtype))
+
+        def axis(few: jax.ShapeDtypeStruct, many: jax.ShapeDtypeStruct) -> int:
+            (found,) = (i for i, (a, b) in enumerate(zip(few.shape, many.shape, strict=True)) if a != b)
+            return found
+
+        # heads may share lanes, so that two need no more room than one
+        return jax.tree.map(axis, shapes(self.num_kv_heads), shapes(1024 * self.num_kv_heads))
+
     def pack(self, key: np.ndarray, value: np.ndarray) -> Any:
         """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
         dtype = jnp.dtype(self.dtype)
