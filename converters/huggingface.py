@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from converters.llama import CONFIG_NAMES as LLAMA_CONFIG_NAMES
 from converters.llama import rules as llama_rules
 from converters.llama import translate as translate_llama
-from converters.rules import Assignment, Ignore, Plan, Rule, make_plan
+from converters.rules import TRANSPOSE, Assignment, Part, Plan, Row, make_plan
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.llama import LlamaForCausalLM
@@ -29,7 +29,7 @@ class Architecture:
     """One row of the table: how an architecture's config and weights are read."""
 
     translate: Callable[..., ModelConfig]
-    rules: Callable[[ModelConfig], tuple[Rule | Ignore, ...]]
+    rules: Callable[[ModelConfig], tuple[Row, ...]]
     config_names: Mapping[str, str]
     """What fields of ModelConfig are called in this architecture's config.json; others have the same name there."""
 
@@ -97,8 +97,13 @@ class OpenCheckpoint:
 
     def read(self, assignment: Assignment) -> np.ndarray:
         """Return the parameter's data as the model wants it."""
-        dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
-        return assignment.transform.apply(self.tensors.read(assignment.source).astype(dtype, copy=False))
+
+        def read(source: str, part: Part | None) -> np.ndarray:
+            if part is None:
+                return self.tensors.read(source)
+            return self.tensors.read_ranges(source, part.axis, part.ranges)
+
+        return assignment.read(read, checkpoint.NUMPY_DTYPES[self.config.dtype])
 
 
 @contextmanager
@@ -195,6 +200,10 @@ def _parameters(opened: OpenCheckpoint, *, show_progress: bool) -> Iterator[tupl
         yield assignment.target, opened.read(assignment)
 
 
+def _sources(assignments: Iterable[Assignment]) -> set[str]:
+    return {name for assignment in assignments for name in assignment.sources}
+
+
 def convert(
     source: Path | str,
     target: Path | str,
@@ -248,8 +257,8 @@ def convert(
             num_parameters=len(assignments),
             num_elements=num_bytes // kept_dtype.itemsize,
             num_bytes=num_bytes,
-            num_transposed=sum(a.transform.name == "transposed" for a in assignments.values()),
-            num_cast=sum(specs[a.source].dtype != kept_dtype for a in assignments.values()),
+            num_transposed=len(_sources(a for a in assignments.values() if a.transform is TRANSPOSE)),
+            num_cast=sum(specs[name].dtype != kept_dtype for name in _sources(assignments.values())),
             ignored=tuple((name, rule.because) for name, rule in opened.plan.ignored),
             weight_files=files,
             copied_files=tuple(companions),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import Ignore, Rule
+from converters.rules import Ignore, Row, Rule
 from jaxpaged.models.config import ModelConfig
 
 DEFAULT_ROPE_THETA = 10_000.0
@@ -198,7 +198,7 @@ def _rope(values: Mapping[str, Any], max_position_embeddings: Any) -> tuple[Any,
     return theta, {"rope_type": rope_type} | parameters
 
 
-def rules(config: ModelConfig) -> tuple[Rule | Ignore, ...]:
+def rules(config: ModelConfig) -> tuple[Row, ...]:
     """Return the table of weights; which biases must be there follows from the model, not from this table."""
     linear = (
         ("self_attn.q_proj", "attention.query"),

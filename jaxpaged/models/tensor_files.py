@@ -5,7 +5,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +92,27 @@ class TensorFolder:
 
     def read(self, name: str) -> np.ndarray:
         """Return a copy of the tensor; ValueError, naming it, if its data cannot be read."""
-        spec = self.specs[name]
+        with self._naming_faults(name) as handle:
+            return handle.get_tensor(name)
+
+    def read_ranges(self, name: str, axis: int, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Return a copy of the tensor's entries from start to stop of each range along an axis, and read no others.
+
+        The ranges come one after another, in the order given. ValueError as for `read`.
+        """
+        with self._naming_faults(name) as handle:
+            view = handle.get_slice(name)
+            pieces = [view[(slice(None),) * axis + (slice(start, stop),)] for start, stop in ranges]
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
+
+    @contextmanager
+    def _naming_faults(self, name: str) -> Iterator[Any]:
+        """Give the open file that holds the tensor."""
+        file = self.folder / self.specs[name].file
         try:
-            return self._handles[spec.file].get_tensor(name)
+            yield self._handles[file.name]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{self.folder / spec.file}: tensor {name!r} cannot be read ({error}): copy the file again"
-            ) from error
+            raise ValueError(f"{file}: tensor {name!r} cannot be read ({error}): copy the file again") from error
 
     def _read_headers(self) -> dict[str, TensorSpec]:
         file_of_name = read_index(self.folder)
