@@ -1,10 +1,9 @@
 """Hugging Face folders: read lazily, checked before anything is loaded, converted in memory or to a native folder."""
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +11,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from converters.llama import CONFIG_NAMES as LLAMA_CONFIG_NAMES
-from converters.llama import rules as llama_rules
-from converters.llama import translate as translate_llama
-from converters.rules import TRANSPOSE, Assignment, Part, Plan, Row, make_plan
+from converters.architectures import ARCHITECTURES, NAME_OF_MODEL_TYPE
+from converters.conversion import Conversion
+from converters.rules import TRANSPOSE, Assignment, Ignore, Part, Plan, Row, make_plan
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import fill, parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import TensorFolder, read_json, remove_dead_partials
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row of the table: how an architecture's config and weights are read."""
-
-    translate: Callable[..., ModelConfig]
-    rules: Callable[[ModelConfig], tuple[Row, ...]]
-    config_names: Mapping[str, str]
-    """What fields of ModelConfig are called in this architecture's config.json; others have the same name there."""
-
-    def in_words_of_the_file(self, error: ValueError) -> str:
-        """The message of an error of ModelConfig, by the names that the user's file has."""
-        message = str(error)
-        for ours, theirs in self.config_names.items():
-            message = re.sub(rf"\b{ours}\b", theirs, message)
-        return message
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(translate_llama, llama_rules, LLAMA_CONFIG_NAMES)
-}
-NAME_OF_MODEL_TYPE: Mapping[str, str] = {"llama": "LlamaForCausalLM"}
-"""For configs that name no architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +102,30 @@ def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]
                 values, dtype=dtype, default_dtype="float32" if first is None else first.dtype.name
             )
         except ValueError as error:
-            message = ARCHITECTURES[name].in_words_of_the_file(error)
-            raise ValueError(f"{source / 'config.json'}: {message}") from error
+            raise ValueError(f"{source / 'config.json'}: {error}") from error
         checkpoint.read_generation_defaults(source)  # a bad one is refused here, not by the one who loads the copy
         config = checkpoint.with_stop_tokens(source, config)
         plan = make_plan(
-            ARCHITECTURES[name].rules(config),
+            _rows(ARCHITECTURES[name], config, tensors),
             {tensor: spec.shape for tensor, spec in tensors.specs.items()},
             {path: tuple(spec.shape) for path, spec in parameter_specs(build_abstract(config)).items()},
             str(source),
         )
         _check_ignored(source, plan, tensors)
         yield OpenCheckpoint(config, plan, tensors)
+
+
+def _rows(conversion: Conversion, config: ModelConfig, tensors: TensorFolder) -> tuple[Row, ...]:
+    """Return the table of weights, by the names of a checkpoint that may lack the prefix."""
+    rows, prefix = conversion.rules(config), conversion.optional_prefix
+    if not prefix or any(name.startswith(prefix) for name in tensors.specs):
+        return rows
+    return tuple(
+        replace(row, source=row.source.removeprefix(prefix), same_as=(row.same_as or "").removeprefix(prefix) or None)
+        if isinstance(row, Ignore)
+        else replace(row, source=row.source.removeprefix(prefix))
+        for row in rows
+    )
 
 
 def _refuse_remote_code(path: Path) -> None:
@@ -183,7 +169,7 @@ def load_huggingface(
     *,
     max_model_len: int | None = None,
     put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
-) -> tuple[ModelConfig, LlamaForCausalLM]:
+) -> tuple[ModelConfig, Decoder]:
     """Return the facts and the filled model of a Hugging Face folder, converted in memory, one tensor at a time.
 
     `dtype` None keeps the checkpoint's own (float16 is widened to float32). `put(path, array)` places each parameter

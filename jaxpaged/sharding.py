@@ -37,6 +37,11 @@ def sum_over(partial: Num[Array, "..."], axis: str | None) -> Num[Array, "..."]:
     return lax.psum(partial, MESH_AXIS) if _is_cut(axis) else partial
 
 
+def mean_over(partial: Num[Array, "..."], axis: str | None) -> Num[Array, "..."]:
+    """The mean of what every device has found over its part of a logical axis, all parts being equally long."""
+    return lax.pmean(partial, MESH_AXIS) if _is_cut(axis) else partial
+
+
 def gather(part: Num[Array, "..."], axis: str | None, *, dimension: int) -> Num[Array, "..."]:
     """All devices' parts of a logical axis side by side along `dimension`; `part` itself where none is cut."""
     return lax.all_gather(part, MESH_AXIS, axis=dimension, tiled=True) if _is_cut(axis) else part

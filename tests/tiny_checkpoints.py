@@ -180,6 +180,8 @@ def dense_attention(
     metadata: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attend one sequence; `kv` holds its keys and values by position, `metadata` the position of the first token."""
     keys = jax.lax.dynamic_update_slice_in_dim(kv[0], key.astype(jnp.float32), metadata, 0)
@@ -187,8 +189,11 @@ def dense_attention(
     num_tokens, num_heads, head_dim = query.shape
     grouped = query.astype(jnp.float32).reshape(num_tokens, keys.shape[1], -1, head_dim)
     scores = jnp.einsum("tkgd,skd->tkgs", grouped, keys) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     positions = metadata + jnp.arange(num_tokens)
-    is_seen = jnp.arange(keys.shape[0])[None, :] <= positions[:, None]
+    distance = positions[:, None] - jnp.arange(keys.shape[0])[None, :]
+    is_seen = (distance >= 0) & (distance < (keys.shape[0] if window is None else window))
     probabilities = jax.nn.softmax(jnp.where(is_seen[:, None, None, :], scores, -jnp.inf), axis=-1)
     attended = jnp.einsum("tkgs,skd->tkgd", probabilities, values)
     return attended.reshape(num_tokens, num_heads, head_dim).astype(query.dtype), (keys, values)

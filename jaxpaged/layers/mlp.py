@@ -37,3 +37,17 @@ class GatedMLP(nnx.Module):
     def __call__(self, hidden: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
         gate = ACTIVATIONS[self.activation](self.gate(hidden).astype(jnp.float32))
         return self.down((gate * self.up(hidden).astype(jnp.float32)).astype(hidden.dtype))
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`; the activation is taken in float32."""
+
+    def __init__(
+        self, model_dim: int, mlp_dim: int, *, activation: str, use_bias: bool, dtype: DTypeLike
+    ) -> None:
+        self.up = Linear(model_dim, mlp_dim, use_bias=use_bias, dtype=dtype, axes=("mlp", None))
+        self.down = Linear(mlp_dim, model_dim, use_bias=use_bias, dtype=dtype, axes=(None, "mlp"))
+        self.activation = activation
+
+    def __call__(self, hidden: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
+        return self.down(ACTIVATIONS[self.activation](self.up.sums(hidden)).astype(hidden.dtype))

@@ -145,14 +145,14 @@ class RopeTable:
     """The rotary frequencies of a model: hashable, so that a model can carry them as a fact and not as weights."""
 
     inverse_frequencies: tuple[float, ...]
-    """One float32 value per pair of dimensions (head_dim / 2)."""
+    """One float32 value per pair of dimensions (rotary_dim / 2)."""
     attention_factor: float
     """Multiplies cosines and sines."""
 
 
 def build_rope_table(
     *,
-    head_dim: int,
+    rotary_dim: int,
     theta: float,
     scaling: RopeScaling | None,
     max_position_embeddings: int,
@@ -160,23 +160,24 @@ def build_rope_table(
 ) -> RopeTable:
     """Return the frequencies for sequences of up to `max_model_len` tokens (default `max_position_embeddings`).
 
+    `rotary_dim` is how many dimensions of a head are rotated: all of them, or the first ones.
     dynamic: frequencies of a sequence of max(max_model_len, max_position_embeddings) tokens. longrope: the long
     factors if `max_model_len` is above the original length, else the short ones.
     """
     length = max_position_embeddings if max_model_len is None else max_model_len
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     attention_factor = 1.0
     if scaling is None:
         frequencies = _inverse(theta, exponents)
     elif isinstance(scaling, LinearScaling):
         frequencies = _inverse(theta, exponents) / np.float32(scaling.factor)
     elif isinstance(scaling, DynamicScaling):
-        stretched = _dynamic_theta(scaling, theta, head_dim, max_position_embeddings, length)
+        stretched = _dynamic_theta(scaling, theta, rotary_dim, max_position_embeddings, length)
         frequencies = _inverse(stretched, exponents)
     elif isinstance(scaling, Llama3Scaling):
         frequencies = _llama3(scaling, _inverse(theta, exponents))
     elif isinstance(scaling, YarnScaling):
-        frequencies = _yarn(scaling, theta, head_dim, exponents)
+        frequencies = _yarn(scaling, theta, rotary_dim, exponents)
         attention_factor = _yarn_attention_factor(scaling)
     else:
         is_long = length > scaling.original_max_position_embeddings
@@ -190,10 +191,10 @@ def _inverse(theta: float, exponents: np.ndarray) -> np.ndarray:
     return np.float32(1.0) / np.power(np.float32(theta), exponents)
 
 
-def _dynamic_theta(scaling: DynamicScaling, theta: float, head_dim: int, original: int, length: int) -> float:
+def _dynamic_theta(scaling: DynamicScaling, theta: float, rotary_dim: int, original: int, length: int) -> float:
     """Return theta for a sequence of `length` tokens (never below the original length)."""
     stretched = scaling.factor * max(length, original) / original - (scaling.factor - 1)
-    return float(theta * stretched ** (head_dim / (head_dim - 2)))
+    return float(theta * stretched ** (rotary_dim / (rotary_dim - 2)))
 
 
 def _llama3(scaling: Llama3Scaling, frequencies: np.ndarray) -> np.ndarray:
@@ -207,26 +208,26 @@ def _llama3(scaling: Llama3Scaling, frequencies: np.ndarray) -> np.ndarray:
     return np.where(is_between, blended, slowed)
 
 
-def _yarn(scaling: YarnScaling, theta: float, head_dim: int, exponents: np.ndarray) -> np.ndarray:
+def _yarn(scaling: YarnScaling, theta: float, rotary_dim: int, exponents: np.ndarray) -> np.ndarray:
     """Return the frequencies of YaRN, section 3.2: a ramp over the dimensions from kept to slowed ones."""
-    low = _turning_dimension(scaling, scaling.beta_fast or 32.0, theta, head_dim)
-    high = _turning_dimension(scaling, scaling.beta_slow or 1.0, theta, head_dim)
+    low = _turning_dimension(scaling, scaling.beta_fast or 32.0, theta, rotary_dim)
+    high = _turning_dimension(scaling, scaling.beta_slow or 1.0, theta, rotary_dim)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001  # as transformers: no division by zero
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    ramp = (np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = np.float32(1) - np.clip(ramp, 0, 1)
     periods = np.power(np.float32(theta), exponents)
     slowed = np.float32(1.0) / (np.float32(scaling.factor) * periods)
     return slowed * (np.float32(1) - kept) + np.float32(1.0) / periods * kept
 
 
-def _turning_dimension(scaling: YarnScaling, rotations: float, theta: float, head_dim: int) -> float:
+def _turning_dimension(scaling: YarnScaling, rotations: float, theta: float, rotary_dim: int) -> float:
     """Return the dimension whose wave turns `rotations` times within the original length."""
     turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
-    return (head_dim * math.log(turns)) / (2 * math.log(theta))
+    return (rotary_dim * math.log(turns)) / (2 * math.log(theta))
 
 
 def _yarn_attention_factor(scaling: YarnScaling) -> float:
@@ -248,10 +249,12 @@ def _longrope_attention_factor(scaling: LongRopeScaling, max_position_embeddings
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def rotary_angles(
-    positions: Int[Array, " tokens"], table: RopeTable
-) -> tuple[Float[Array, "tokens half_head_dim"], Float[Array, "tokens half_head_dim"]]:
-    """Return the float32 cosines and sines of every token, attention factor included; once per step, for all layers."""
+Angles = tuple[Float[Array, "tokens half_rotary_dim"], Float[Array, "tokens half_rotary_dim"]]
+"""The float32 cosines and sines by which each token's heads are turned."""
+
+
+def rotary_angles(positions: Int[Array, " tokens"], table: RopeTable) -> Angles:
+    """Return cosines and sines of every token, attention factor included; once per step, for all layers."""
     frequencies = jnp.array(table.inverse_frequencies, jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1) * table.attention_factor
@@ -264,11 +267,28 @@ def rotary_angles(
 
 def rotate(
     heads: Float[Array, "tokens heads head_dim"],
-    cosines: Float[Array, "tokens half_head_dim"],
-    sines: Float[Array, "tokens half_head_dim"],
+    cosines: Float[Array, "tokens half_rotary_dim"],
+    sines: Float[Array, "tokens half_rotary_dim"],
+    *,
+    is_interleaved: bool = False,
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Return the heads turned by their angles, in float32 and back: dimension i is paired with i + head_dim / 2."""
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    """Return the heads turned by their angles, in float32 and back.
+
+    Dimension i is paired with i + rotary_dim / 2, or, interleaved, dimension 2i with 2i + 1. Dimensions from
+    rotary_dim on, where the angles are fewer than half of head_dim, stay as they are.
+    """
+    rotary_dim = 2 * cosines.shape[-1]
+    wide, rest = heads[..., :rotary_dim].astype(jnp.float32), heads[..., rotary_dim:]
     cosines, sines = cosines[:, None, :], sines[:, None, :]
-    turned = jnp.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
-    return turned.astype(heads.dtype)
+    if is_interleaved:
+        first, second = wide[..., ::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+    turned_first = first * cosines - second * sines
+    turned_second = second * cosines + first * sines
+    if is_interleaved:
+        turned = jnp.stack([turned_first, turned_second], axis=-1).reshape(wide.shape)
+    else:
+        turned = jnp.concatenate([turned_first, turned_second], axis=-1)
+    turned = turned.astype(heads.dtype)
+    return turned if rotary_dim == heads.shape[-1] else jnp.concatenate([turned, rest], axis=-1)

@@ -2,5 +2,5 @@
 
 May import: layers, sampling_params (for its ranges), jax, flax, numpy, safetensors, the standard library.
 Must never come in: core, runner, engine, converters, any other checkpoint format, any choice of the operator.
-Read first: `config.ModelConfig`, then `llama.LlamaForCausalLM`.
+Read first: `config.ModelConfig`, then `decoder.Decoder`.
 """

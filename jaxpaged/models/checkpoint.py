@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpaged.models.config import DTYPES, GenerationDefaults, ModelConfig
-from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import check_names, fill, parameter_arrays, parameter_specs
-from jaxpaged.models.registry import build_abstract
+from jaxpaged.models.registry import build_abstract, parse_config
 from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
 
 FORMAT = "jaxpaged"
@@ -106,7 +106,7 @@ def read_config(folder: Path) -> ModelConfig:
             f"{path}: format_version={version!r}, and this version reads {FORMAT_VERSION}: convert it again"
         )
     try:
-        config = ModelConfig.from_json(values)
+        config = parse_config(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return with_stop_tokens(folder, config)
@@ -161,7 +161,7 @@ def write(
 def save(
     folder: Path | str,
     config: ModelConfig,
-    model: LlamaForCausalLM,
+    model: Decoder,
     *,
     companions: Mapping[str, Path] | None = None,
     overwrite: bool = False,
@@ -190,7 +190,7 @@ def load(
     max_model_len: int | None = None,
     show_progress: bool = False,
     put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
-) -> tuple[ModelConfig, LlamaForCausalLM]:
+) -> tuple[ModelConfig, Decoder]:
     """Return the facts and the filled model of a native checkpoint.
 
     `dtype` None keeps the checkpoint's own. Tensors are read one at a time, each placed by `put(path, array)` (default:
@@ -217,7 +217,7 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 
 
 @contextmanager
-def _open_weights(folder: Path, model: LlamaForCausalLM) -> Iterator[TensorFolder]:
+def _open_weights(folder: Path, model: Decoder) -> Iterator[TensorFolder]:
     specs = parameter_specs(model)
     with TensorFolder(folder) as tensors:
         check_names(tensors.specs, specs, str(folder))
@@ -240,4 +240,4 @@ def _cast(tensors: TensorFolder, dtype: np.dtype, *, show_progress: bool) -> Ite
 
 def config_with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     """Return the same facts with the weights kept as `dtype`."""
-    return ModelConfig.from_json(config.as_json() | {"dtype": dtype})
+    return dataclasses.replace(config, dtype=dtype)

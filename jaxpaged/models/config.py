@@ -6,13 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.layers.mlp import ACTIVATIONS
-from jaxpaged.layers.rope import (
-    DynamicScaling,
-    LongRopeScaling,
-    RopeScaling,
-    parse_rope_scaling,
-    rope_scaling_as_json,
-)
+from jaxpaged.layers.rope import DynamicScaling, LongRopeScaling, RopeScaling
+from jaxpaged.models import json_fields
 from jaxpaged.sampling_params import SamplingParams
 
 DTYPES = ("float32", "bfloat16")
@@ -33,7 +28,11 @@ LARGEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The facts of one checkpoint. A value out of range raises ValueError with its name and what is allowed."""
+    """The facts of one checkpoint. A value out of range raises ValueError with its name and what is allowed.
+
+    What many architectures share is here. What one of them has alone is in `extras`, of a type that its own file
+    defines; only that file reads it.
+    """
 
     architecture: str
     """Name in the registry, for example LlamaForCausalLM."""
@@ -47,8 +46,14 @@ class ModelConfig:
     max_position_embeddings: int
     """Longest sequence the checkpoint was made for, in tokens."""
     norm_eps: float
-    rope_theta: float
+    rope_theta: float | None = None
+    """None where positions are not rotary."""
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """How many dimensions of a head are rotated, the first ones; None is all."""
+    windows: tuple[int | None, ...] | None = None
+    """For each layer its sliding window in tokens, the token itself included, None for a layer that sees everything;
+    None for the whole if no layer has one."""
     tie_embeddings: bool
     """The embedding table is the output head too."""
     attention_bias: bool = False
@@ -59,22 +64,22 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a sequence."""
+    extras: Any = None
+    """Facts of this architecture alone (a frozen dataclass), None where it has none."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number from 1 to {largest}")
         for name in ("norm_eps", "rope_theta"):
-            if not 0 < getattr(self, name) < 1e30:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e30:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of dimensions")
-        if self.rope_scaling is not None:
-            self._check_rope_scaling(self.rope_scaling)
+        self._check_rope()
+        self._check_windows()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known: it must be one of {sorted(ACTIVATIONS)}")
         if self.dtype not in DTYPES:
@@ -86,72 +91,64 @@ class ModelConfig:
                     f"{self.vocab_size - 1}"
                 )
 
-    def _check_rope_scaling(self, scaling: RopeScaling) -> None:
-        if isinstance(scaling, LongRopeScaling):
-            for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
-                if len(factors) != self.head_dim // 2:
-                    raise ValueError(f"{name} has {len(factors)} entries: it needs head_dim / 2 = {self.head_dim // 2}")
-        if isinstance(scaling, DynamicScaling) and self.head_dim < 4:
-            raise ValueError(f"head_dim={self.head_dim} must be 4 or more for dynamic rope scaling")
+    def _check_rope(self) -> None:
+        if self.rope_theta is None:
+            if self.rope_scaling is not None or self.rotary_dim is not None:
+                raise ValueError("rope_scaling and rotary_dim need a rope_theta")
+            return
+        if self.rotary_dim is None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of dimensions")
+        rotary_dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotary_dim % 2 or not 2 <= rotary_dim <= self.head_dim:
+            raise ValueError(f"rotary_dim={rotary_dim} must be even, and from 2 to head_dim={self.head_dim}")
+        check_rope_scaling(self.rope_scaling, rotary_dim)
+
+    def _check_windows(self) -> None:
+        if self.windows is None:
+            return
+        if len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries: it needs one for each of the {self.num_layers} layers"
+            )
+        given = [window for window in self.windows if window is not None]
+        if not given:
+            raise ValueError("windows is None where no layer has a window, not a list of None")
+        if min(given) < 1:
+            raise ValueError(f"a window of {min(given)} tokens must be 1 or more: it counts the token itself")
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, None where it sees everything."""
+        return None if self.windows is None else self.windows[layer]
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts as plain JSON values; fields that are None are left out."""
-        values = dict(vars(self))
-        values["eos_token_ids"] = list(self.eos_token_ids)
-        if self.rope_scaling is not None:
-            values["rope_scaling"] = rope_scaling_as_json(self.rope_scaling)
-        return {name: value for name, value in values.items() if value is not None}
+        return json_fields.as_json(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Return the config that `as_json` wrote; unknown, missing and ill-typed fields raise ValueError by name."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown fields {unknown}: this checkpoint was written by another version")
-        missing = [
-            name
-            for name, field in known.items()
-            if field.default is dataclasses.MISSING and values.get(name) is None
-        ]
-        if missing:
-            raise ValueError(f"missing fields {missing}")
-        arguments = {name: _parse_field(name, value) for name, value in values.items() if value is not None}
-        return cls(**arguments)
+    def from_json(cls, values: Mapping[str, Any], extras_type: type | None = None) -> "ModelConfig":
+        """Return the config that `as_json` wrote; unknown, missing and ill-typed fields raise ValueError by name.
+
+        `extras_type` is what the architecture's extras are (`registry.parse_config` knows it).
+        """
+        values = dict(values)
+        extras = values.pop("extras", None)
+        config = json_fields.parse(cls, values)
+        if extras_type is None and extras is None:
+            return config
+        if extras_type is None or not isinstance(extras, dict):
+            kind = "no extras" if extras_type is None else "an object as extras"
+            raise ValueError(f"extras={extras!r}: {config.architecture} has {kind}")
+        return dataclasses.replace(config, extras=json_fields.parse(extras_type, extras))
 
 
-def _parse_field(name: str, value: object) -> Any:
-    """Return a JSON value in the type of the field of ModelConfig; ValueError, by name, if it is not of that kind."""
-    if name in LARGEST or name == "bos_token_id":
-        return parse_integer(name, value)
-    if name in ("norm_eps", "rope_theta"):
-        return parse_number(name, value)
-    if name == "eos_token_ids":
-        if not isinstance(value, list):
-            raise ValueError(f"eos_token_ids={value!r} must be a list of token ids")
-        return tuple(parse_integer("token id in eos_token_ids", token_id) for token_id in value)
-    if name == "rope_scaling":
-        if not isinstance(value, dict) or not isinstance(value.get("rope_type"), str):
-            raise ValueError(f"rope_scaling={value!r} must be an object with a rope_type")
-        return parse_rope_scaling(value["rope_type"], {key: value[key] for key in value if key != "rope_type"})
-    is_text = name in ("architecture", "activation", "dtype")
-    if not isinstance(value, str if is_text else bool):
-        raise ValueError(f"{name}={value!r} must be {'a string' if is_text else 'true or false'}")
-    return value
-
-
-def parse_integer(name: str, value: object) -> int:
-    """Return a JSON value that must be a whole number; ValueError, by name, otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-    return value
-
-
-def parse_number(name: str, value: object) -> float:
-    """Return a JSON value that must be a finite number; ValueError, by name, otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise ValueError(f"{name}={value!r} must be a number")
-    return float(value)
+def check_rope_scaling(scaling: RopeScaling | None, rotary_dim: int) -> None:
+    """Raise ValueError unless the scaling fits heads of which `rotary_dim` dimensions are rotated."""
+    if isinstance(scaling, LongRopeScaling):
+        for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
+            if len(factors) != rotary_dim // 2:
+                raise ValueError(f"{name} has {len(factors)} entries: it needs head_dim / 2 = {rotary_dim // 2}")
+    if isinstance(scaling, DynamicScaling) and rotary_dim < 4:
+        raise ValueError(f"head_dim={rotary_dim} must be 4 or more for dynamic rope scaling")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import fill, parameter_specs
 from jaxpaged.models.registry import build_abstract
 
@@ -25,7 +25,7 @@ def _draw(
     return (centre + half_width * noise).astype(dtype)
 
 
-def random_model(config: ModelConfig, seed: int, *, max_model_len: int | None = None) -> LlamaForCausalLM:
+def random_model(config: ModelConfig, seed: int, *, max_model_len: int | None = None) -> Decoder:
     """Return the model with every parameter random, biases and norm scales included.
 
     Kernels and the embedding have variance 1 / fan-in, so that activations stay in range at any depth. Drawn on the
@@ -40,7 +40,7 @@ def random_model(config: ModelConfig, seed: int, *, max_model_len: int | None = 
         elif name.endswith(".bias"):
             centre, half_width = 0.0, 0.1
         else:
-            centre, half_width = 0.0, math.sqrt(3.0 / spec.shape[1])
+            centre, half_width = 0.0, math.sqrt(3.0 / spec.shape[-1])
         arrays[name] = _draw(
             jax.random.fold_in(key, index), centre, half_width, shape=spec.shape, dtype=spec.dtype
         )

@@ -1,20 +1,83 @@
 """The architectures, by the name that checkpoints give them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from flax import nnx
 
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.models.llama import LlamaForCausalLM
+from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.llama import llama
+from jaxpaged.models.qwen2 import qwen2
+from jaxpaged.models.qwen3 import qwen3
 
-MODELS: Mapping[str, type[LlamaForCausalLM]] = MappingProxyType({"LlamaForCausalLM": LlamaForCausalLM})
-"""One row per architecture."""
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of the table: how a model is built of its facts, and what to tell people about it."""
+
+    build: Callable[..., Decoder]
+    """`build(config, max_model_len=None)`, parameters as zeros and ones."""
+    examples: str
+    """Models of this architecture."""
+    features: str
+    """What it has beyond rotary positions, RMS norms, a gated MLP and grouped-query attention, or instead of them."""
+    extras: type | None = None
+    """The type of `ModelConfig.extras`."""
 
 
-def build_abstract(config: ModelConfig, *, max_model_len: int | None = None) -> LlamaForCausalLM:
+MODELS: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "LlamaForCausalLM": Architecture(
+            build=llama,
+            examples="Llama 1, 2 and 3.x, TinyLlama, SmolLM 1 and 2",
+            features="every rope scaling; biases",
+        ),
+        "MistralForCausalLM": Architecture(
+            build=llama, examples="Mistral 7B, Mistral Nemo, Mistral Small", features="sliding window"
+        ),
+        "Qwen2ForCausalLM": Architecture(
+            build=qwen2,
+            examples="Qwen 2 and 2.5, QwQ, DeepSeek-R1-Distill-Qwen",
+            features="biases of query, key and value; sliding window in upper layers",
+        ),
+        "Qwen3ForCausalLM": Architecture(
+            build=qwen3, examples="Qwen 3", features="query and key norms; sliding window in upper layers"
+        ),
+    }
+)
+"""One row per architecture. Each is compared with transformers, logits and tokens (`tests/families.py`)."""
+
+
+def _row(architecture: Any) -> Architecture:
+    if not isinstance(architecture, str) or architecture not in MODELS:
+        raise ValueError(f"architecture={architecture!r} is not known: it must be one of {sorted(MODELS)}")
+    return MODELS[architecture]
+
+
+def parse_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Return the facts that `ModelConfig.as_json` wrote, with the extras of their architecture; else ValueError."""
+    name = values.get("architecture")
+    return ModelConfig.from_json(values, None if name is None else _row(name).extras)
+
+
+def build_abstract(config: ModelConfig, *, max_model_len: int | None = None) -> Decoder:
     """Return the model with shapes in place of weights: costs no memory; fill it with `parameters.fill`."""
-    if config.architecture not in MODELS:
-        raise ValueError(f"architecture={config.architecture!r} is not known: it must be one of {sorted(MODELS)}")
-    return nnx.eval_shape(functools.partial(MODELS[config.architecture], config, max_model_len=max_model_len))
+    row = _row(config.architecture)
+    expected = type(None) if row.extras is None else row.extras
+    if not isinstance(config.extras, expected):
+        raise ValueError(f"extras={config.extras!r} must be of type {expected.__name__} for {config.architecture}")
+    return nnx.eval_shape(functools.partial(row.build, config, max_model_len=max_model_len))
+
+
+def support_matrix() -> str:
+    """Return the architectures as a table in Markdown: what is served, and that each is compared with transformers."""
+    rows = ["| architecture | models | features | compared with transformers |", "|---|---|---|---|"]
+    rows += [
+        f"| `{name}` | {row.examples} | {row.features} | logits within 1e-4, 32 greedy tokens |"
+        for name, row in sorted(MODELS.items())
+    ]
+    return "\n".join(rows)

@@ -10,7 +10,7 @@ import pytest
 import tiny_checkpoints
 from llama_goldens import read
 
-from converters.llama import translate
+from converters.llama import CONVERSION
 from jaxpaged.layers.rope import (
     DynamicScaling,
     LongRopeScaling,
@@ -24,9 +24,9 @@ from jaxpaged.layers.rope import (
 
 
 def table(case: str) -> RopeTable:
-    config = translate(tiny_checkpoints.hf_config(case), dtype=None, default_dtype="float32")
+    config = CONVERSION.translate(tiny_checkpoints.hf_config(case), dtype=None, default_dtype="float32")
     return build_rope_table(
-        head_dim=config.head_dim,
+        rotary_dim=config.head_dim,
         theta=config.rope_theta,
         scaling=config.rope_scaling,
         max_position_embeddings=config.max_position_embeddings,
@@ -49,7 +49,7 @@ def test_the_scalings_differ_so_that_the_goldens_can_tell_them_apart():
 
 
 def test_dynamic_frequencies_are_the_original_ones_up_to_the_original_length():
-    arguments = {"head_dim": 8, "theta": 100.0, "max_position_embeddings": 64}
+    arguments = {"rotary_dim": 8, "theta": 100.0, "max_position_embeddings": 64}
     plain = build_rope_table(scaling=None, **arguments)
     scaling = DynamicScaling(factor=4.0)
     assert build_rope_table(scaling=scaling, max_model_len=64, **arguments) == plain
@@ -59,7 +59,7 @@ def test_dynamic_frequencies_are_the_original_ones_up_to_the_original_length():
 
 def test_longrope_takes_the_long_factors_above_the_original_length():
     scaling = LongRopeScaling(original_max_position_embeddings=32, short_factor=(2.0, 2.0), long_factor=(4.0, 4.0))
-    arguments = {"head_dim": 4, "theta": 100.0, "max_position_embeddings": 64, "scaling": scaling}
+    arguments = {"rotary_dim": 4, "theta": 100.0, "max_position_embeddings": 64, "scaling": scaling}
     assert build_rope_table(max_model_len=32, **arguments).inverse_frequencies[0] == 0.5
     assert build_rope_table(max_model_len=33, **arguments).inverse_frequencies[0] == 0.25
     assert build_rope_table(**arguments).inverse_frequencies[0] == 0.25
@@ -119,7 +119,7 @@ def test_a_scaling_that_is_not_understood_is_refused_by_name(rope_type, values, 
 
 @pytest.mark.parametrize("case", [case for case, changes in tiny_checkpoints.CASES.items() if "rope" in str(changes)])
 def test_a_scaling_survives_json(case):
-    scaling = translate(tiny_checkpoints.hf_config(case), dtype=None, default_dtype="float32").rope_scaling
+    scaling = CONVERSION.translate(tiny_checkpoints.hf_config(case), dtype=None, default_dtype="float32").rope_scaling
     assert scaling is not None
     values = rope_scaling_as_json(scaling)
     assert parse_rope_scaling(values.pop("rope_type"), values) == scaling

@@ -1,0 +1,107 @@
+"""Tiny Hugging Face checkpoints of every architecture: configs, weights without a constant among them, prompts.
+
+Names and shapes of tensors, the seed of the weights, logits and greedy tokens are recorded from transformers by
+`family_goldens.py`.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_checkpoints import write_folder
+
+GOLDENS = Path(__file__).parent / "goldens" / "families"
+VOCAB_SIZE = 61
+NUM_NEW_TOKENS = 32
+
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "rope_theta": 100.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Odd sizes: 6 heads of 4, 61 tokens, 3 layers. Theta 100 gives waves of 6 and 63 tokens."""
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralForCausalLM", SMALL | {"model_type": "mistral", "sliding_window": 7}),
+    "mistral_tied": (
+        "MistralForCausalLM",
+        SMALL | {
+            "model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True, "head_dim": 10,
+            "num_key_value_heads": 6,
+        },
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        SMALL | {
+            "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_mha": ("Qwen2ForCausalLM", SMALL | {"model_type": "qwen2", "num_key_value_heads": 6, "sliding_window": 5}),
+    "qwen3": ("Qwen3ForCausalLM", SMALL | {"model_type": "qwen3", "head_dim": 6, "num_key_value_heads": 3}),
+    "qwen3_tied": (
+        "Qwen3ForCausalLM",
+        SMALL | {
+            "model_type": "qwen3", "head_dim": 4, "tie_word_embeddings": True, "num_key_value_heads": 6,
+            "attention_bias": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "use_sliding_window": True, "sliding_window": 9,
+        },
+    ),
+}
+"""(architecture, config.json) of each case."""
+
+ZERO_CENTRED_NORMS = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+"""Architectures whose norms hold the difference from 1."""
+
+
+def config_json(case: str) -> dict[str, Any]:
+    """Return the config.json of the case."""
+    architecture, values = CASES[case]
+    return json.loads(json.dumps({"architectures": [architecture], "torch_dtype": "float32"} | values))
+
+
+def prompts() -> list[list[int]]:
+    """Return ragged prompts, longer than any window; the second begins with 24 tokens of the first."""
+    rng = np.random.default_rng(5)
+    first, second, third = (rng.integers(3, VOCAB_SIZE, length).tolist() for length in (37, 9, 5))
+    return [first, first[:24] + second, third]
+
+
+def weights(case: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Return float32 weights by Hugging Face names, each drawn for itself: norms around 1, everything else around 0."""
+    centre_of_norms = 0.0 if CASES[case][0] in ZERO_CENTRED_NORMS else 1.0
+    drawn = {}
+    for name, shape in shapes.items():
+        is_norm = name.endswith(".weight") and len(shape) == 1
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        drawn[name] = rng.normal(centre_of_norms if is_norm else 0.0, 0.25, shape).astype(np.float32)
+    return drawn
+
+
+def golden(case: str) -> dict[str, Any]:
+    """Return what was recorded: `shapes` by tensor, `seed`, `logits` of each prompt, `greedy` tokens of each."""
+    with np.load(GOLDENS / f"{case}.npz", allow_pickle=False) as stored:
+        shapes = [tuple(map(int, str(shape).split())) for shape in stored["shapes"]]
+        return {
+            "shapes": dict(zip(map(str, stored["names"]), shapes, strict=True)),
+            "seed": int(stored["seed"]),
+            "logits": [stored[f"logits{i}"] for i in range(len(prompts()))],
+            "greedy": stored["greedy"].tolist(),
+        }
+
+
+def write_family(folder: Path, case: str, **changes: Any) -> Path:
+    """Write the checkpoint of a case, with changes to its config.json."""
+    recorded = golden(case)
+    return write_folder(folder, config_json(case) | changes, weights(case, recorded["shapes"], recorded["seed"]))
