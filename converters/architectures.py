@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 
 from converters.conversion import Conversion
+from converters.gemma import CONVERSION as GEMMA
+from converters.gemma2 import CONVERSION as GEMMA2
+from converters.gemma3 import CONVERSION as GEMMA3
 from converters.llama import CONVERSION as LLAMA
 from converters.mistral import CONVERSION as MISTRAL
+from converters.olmo2 import CONVERSION as OLMO2
+from converters.phi3 import CONVERSION as PHI3
 from converters.qwen2 import CONVERSION as QWEN2
 from converters.qwen3 import CONVERSION as QWEN3
+from converters.smollm3 import CONVERSION as SMOLLM3
+from converters.starcoder2 import CONVERSION as STARCODER2
 
-CONVERSIONS = (LLAMA, MISTRAL, QWEN2, QWEN3)
+CONVERSIONS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, SMOLLM3, STARCODER2)
 """One row per architecture."""
 
 ARCHITECTURES: Mapping[str, Conversion] = {row.architecture: row for row in CONVERSIONS}

@@ -1,6 +1,7 @@
 """Facts that the config.json of many architectures states in one way: sizes, rotary positions, windows."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from converters.config_reader import ConfigReader
@@ -113,12 +114,16 @@ def rope(
     theta_name: str = "rope_theta",
     rotary_factor: float | None = None,
     rotary_factor_name: str = "partial_rotary_factor",
+    type_aliases: Mapping[str, str] = MappingProxyType({}),
+    original_length: int | None = None,
 ) -> dict[str, Any]:
     """Return theta, scaling and rotary_dim, as ModelConfig's JSON has them; `facts` are the sizes.
 
     They come from `rope_parameters` (transformers 5) or from `rope_scaling` and attributes beside it (before).
     Precedence is that of transformers: what is inside the object wins over what is beside it. `theta` is what an absent
     one means. A model that can rotate a part of each head says by `rotary_factor` what part if the file does not.
+    `type_aliases` are names that its files have for scalings, `original_length` what an absent
+    `original_max_position_embeddings` means (max_position_embeddings if not given).
     """
     new, old = reader.get("rope_parameters"), reader.get("rope_scaling")
     if new and old and new != old:
@@ -135,7 +140,9 @@ def rope(
     own_theta = parameters.pop("rope_theta", None)
     return {
         "rope_theta": beside_theta if own_theta is None else own_theta,
-        "rope_scaling": rope_scaling(reader, parameters, facts["max_position_embeddings"]),
+        "rope_scaling": rope_scaling(
+            reader, parameters, original_length or facts["max_position_embeddings"], type_aliases
+        ),
         "rotary_dim": None if rotary_factor is None else rotary_dim(factor, rotary_factor, facts["head_dim"]),
     }
 
@@ -151,11 +158,14 @@ def rotary_dim(factor: Any, default: float, head_dim: Any) -> int | None:
 
 
 def rope_scaling(
-    reader: ConfigReader, parameters: Mapping[str, Any], max_position_embeddings: Any
+    reader: ConfigReader,
+    parameters: Mapping[str, Any],
+    original_length: Any,
+    type_aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """Return the scaling that a rope object describes, theta and rotary factor taken out; None for none.
 
-    `original_max_position_embeddings` beside it wins over the one inside, and falls back to max_position_embeddings.
+    `original_max_position_embeddings` beside it wins over the one inside; `original_length` stands for both.
     """
     parameters = dict(parameters)
     legacy_type = parameters.pop("type", None)
@@ -163,6 +173,7 @@ def rope_scaling(
     outer_original = reader.get("original_max_position_embeddings")
     if not isinstance(rope_type, str):
         raise ValueError(f"rope_type={rope_type!r} must be a string")
+    rope_type = type_aliases.get(rope_type, rope_type)
     if rope_type == "default":
         if parameters:
             raise ValueError(f"rope_type='default' has no {sorted(parameters)}: take them out")
@@ -171,7 +182,7 @@ def rope_scaling(
         if outer_original is not None:
             parameters["original_max_position_embeddings"] = outer_original
         elif parameters.get("original_max_position_embeddings") is None:
-            parameters["original_max_position_embeddings"] = max_position_embeddings
+            parameters["original_max_position_embeddings"] = original_length
     elif parameters.get("original_max_position_embeddings") is not None:
         # written by some exporters; neither scaling reads it
         del parameters["original_max_position_embeddings"]

@@ -58,6 +58,86 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True, "sliding_window": 9,
         },
     ),
+    "gemma": (
+        "GemmaForCausalLM",
+        SMALL | {
+            "model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "head_dim": 10, "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma_mha": ("GemmaForCausalLM", SMALL | {"model_type": "gemma", "head_dim": 4, "num_key_value_heads": 6}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        SMALL | {
+            "model_type": "gemma2", "head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2_mha": (
+        "Gemma2ForCausalLM",
+        SMALL | {
+            "model_type": "gemma2", "head_dim": 4, "sliding_window": 8, "num_key_value_heads": 6,
+            "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        SMALL | {
+            "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 11, "rope_local_base_freq": 10.0, "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
+    "gemma3_new": (
+        "Gemma3ForCausalLM",
+        {name: value for name, value in SMALL.items() if name != "rope_theta"} | {
+            "model_type": "gemma3_text", "head_dim": 4, "sliding_window": 9, "num_key_value_heads": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 200.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        SMALL | {
+            "model_type": "phi3", "num_attention_heads": 3, "num_key_value_heads": 1, "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 4, "tie_word_embeddings": True, "pad_token_id": 0,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.25, 3.0]},
+        },
+    ),
+    "phi3_mha": (
+        "Phi3ForCausalLM",
+        SMALL | {"model_type": "phi3", "num_key_value_heads": 6, "sliding_window": 7, "pad_token_id": 0},
+    ),
+    "olmo2": ("Olmo2ForCausalLM", SMALL | {"model_type": "olmo2", "num_key_value_heads": 3, "attention_bias": True}),
+    "olmo2_tied": (
+        "Olmo2ForCausalLM", SMALL | {"model_type": "olmo2", "num_key_value_heads": 6, "tie_word_embeddings": True}
+    ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        SMALL | {
+            "model_type": "smollm3", "no_rope_layer_interval": 2, "tie_word_embeddings": True, "pad_token_id": 0,
+            "use_sliding_window": True, "sliding_window": 6,
+        },
+    ),
+    "smollm3_mha": (
+        "SmolLM3ForCausalLM",
+        SMALL | {
+            "model_type": "smollm3", "no_rope_layers": [0, 1, 1], "num_key_value_heads": 6, "attention_bias": True,
+            "mlp_bias": True, "pad_token_id": 0,
+        },
+    ),
+    "starcoder2": (
+        "Starcoder2ForCausalLM",
+        SMALL | {"model_type": "starcoder2", "tie_word_embeddings": True, "sliding_window": 7},
+    ),
+    "starcoder2_mha": (
+        "Starcoder2ForCausalLM",
+        SMALL | {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 6, "hidden_act": "gelu"},
+    ),
 }
 """(architecture, config.json) of each case."""
 

@@ -19,6 +19,8 @@ from tiny_checkpoints import write_folder
 LEAST_MARGIN = 2e-3
 """Between the two largest logits wherever a token is chosen; tests allow logits to differ by a twentieth of it."""
 LEAST_SPREAD = 0.3
+LEAST_DISTINCT = 4
+"""Different tokens among the greedy ones of each prompt."""
 
 
 def tensor_shapes(case: str) -> dict[str, tuple[int, ...]]:
@@ -67,7 +69,8 @@ def record(case: str) -> None:
     for seed in range(100):
         found = compute(case, shapes, seed)
         spread = min(float(logits.std()) for logits in found["logits"])
-        if found["least_margin"] > LEAST_MARGIN and spread > LEAST_SPREAD:
+        distinct = [len(set(tokens)) for tokens in found["greedy"]]
+        if found["least_margin"] > LEAST_MARGIN and spread > LEAST_SPREAD and min(distinct) >= LEAST_DISTINCT:
             break
     else:
         raise ValueError(f"{case}: no seed has clear choices")
@@ -81,7 +84,6 @@ def record(case: str) -> None:
         greedy=np.array(found["greedy"], np.int32),
         **{f"logits{i}": logits for i, logits in enumerate(found["logits"])},
     )
-    distinct = [len(set(tokens)) for tokens in found["greedy"]]
     print(f"{path}: {path.stat().st_size} bytes, seed {seed}, margin {found['least_margin']:.4f}, {distinct} distinct")
 
 

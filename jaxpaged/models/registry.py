@@ -10,9 +10,15 @@ from flax import nnx
 
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.gemma import gemma
+from jaxpaged.models.gemma2 import Gemma2Extras, gemma2
+from jaxpaged.models.gemma3 import Gemma3Extras, gemma3
 from jaxpaged.models.llama import llama
+from jaxpaged.models.olmo2 import olmo2
 from jaxpaged.models.qwen2 import qwen2
 from jaxpaged.models.qwen3 import qwen3
+from jaxpaged.models.smollm3 import SmolLM3Extras, smollm3
+from jaxpaged.models.starcoder2 import starcoder2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,37 @@ MODELS: Mapping[str, Architecture] = MappingProxyType(
         ),
         "Qwen3ForCausalLM": Architecture(
             build=qwen3, examples="Qwen 3", features="query and key norms; sliding window in upper layers"
+        ),
+        "GemmaForCausalLM": Architecture(
+            build=gemma,
+            examples="Gemma, CodeGemma",
+            features="scaled embeddings; norms that hold the difference from 1",
+        ),
+        "Gemma2ForCausalLM": Architecture(
+            build=gemma2,
+            extras=Gemma2Extras,
+            examples="Gemma 2",
+            features="as Gemma; norms before and behind; soft caps; sliding window in every other layer",
+        ),
+        "Gemma3ForCausalLM": Architecture(
+            build=gemma3,
+            extras=Gemma3Extras,
+            examples="Gemma 3, text (270M, 1B)",
+            features="as Gemma 2; query and key norms; a rope of its own in layers with a window",
+        ),
+        "Phi3ForCausalLM": Architecture(
+            build=llama,
+            examples="Phi 3, 3.5 and 4, Phi-4-mini (not the mixtures)",
+            features="fused weights are split; partial rotary positions; longrope; sliding window",
+        ),
+        "Olmo2ForCausalLM": Architecture(
+            build=olmo2, examples="OLMo 2", features="norms behind attention and MLP; norms of whole queries and keys"
+        ),
+        "SmolLM3ForCausalLM": Architecture(
+            build=smollm3, extras=SmolLM3Extras, examples="SmolLM 3", features="layers without positions"
+        ),
+        "Starcoder2ForCausalLM": Architecture(
+            build=starcoder2, examples="StarCoder 2", features="layer norms; plain MLP; biases; sliding window"
         ),
     }
 )

@@ -1,0 +1,30 @@
+"""SmolLM 3 from Hugging Face."""
+
+from typing import Any
+
+from converters.config_reader import ConfigReader
+from converters.conversion import Conversion
+from converters.facts import rope, sizes, windows_by_type
+from converters.llama import rules
+
+
+def facts(reader: ConfigReader) -> dict[str, Any]:
+    reader.ignore("max_window_layers")
+    shape = sizes(reader, ties_embeddings=True, max_position_embeddings=32_768)
+    layers = range(shape["num_layers"])
+    period = reader.whole_number("no_rope_layer_interval", 4)
+    rotates = reader.get("no_rope_layers", [int((layer + 1) % period != 0) for layer in layers])
+    if not isinstance(rotates, list) or len(rotates) < len(layers) or any(entry not in (0, 1) for entry in rotates):
+        raise ValueError(f"no_rope_layers={rotates!r} must have an entry for each layer, 1 for one that rotates or 0")
+    has_windows = reader.flag("use_sliding_window", False) and reader.get("sliding_window") is not None
+    window = reader.get("sliding_window") if has_windows else None
+    usual = ["sliding_attention" if has_windows and not rotates[layer] else "full_attention" for layer in layers]
+    return shape | rope(reader, shape, theta=2_000_000.0) | {
+        "attention_bias": reader.get("attention_bias", False),
+        "mlp_bias": reader.get("mlp_bias", False),
+        "windows": windows_by_type(reader, window, usual),
+        "extras": {"unrotated_layers": [layer for layer in layers if not rotates[layer]]},
+    }
+
+
+CONVERSION = Conversion(architecture="SmolLM3ForCausalLM", model_type="smollm3", facts=facts, rules=rules)
