@@ -32,6 +32,45 @@ SMALL = {
 }
 """Odd sizes: 6 heads of 4, 61 tokens, 3 layers. Theta 100 gives waves of 6 and 63 tokens."""
 
+OLD = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 3,
+    "n_positions": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""In the words of GPT-2 and GPT-J."""
+
+NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 96,
+    "rotary_emb_base": 100,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+OPT = {
+    "model_type": "opt",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "ffn_dim": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 96,
+    "do_layer_norm_before": True,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", SMALL | {"model_type": "mistral", "sliding_window": 7}),
     "mistral_tied": (
@@ -137,6 +176,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2_mha": (
         "Starcoder2ForCausalLM",
         SMALL | {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 6, "hidden_act": "gelu"},
+    ),
+    "gpt2": ("GPT2LMHeadModel", OLD | {"model_type": "gpt2", "tie_word_embeddings": True}),
+    "gpt2_untied": (
+        "GPT2LMHeadModel",
+        OLD | {
+            "model_type": "gpt2", "tie_word_embeddings": False, "n_inner": 20, "n_head": 8,
+            "activation_function": "relu",
+        },
+    ),
+    "gptj": ("GPTJForCausalLM", OLD | {"model_type": "gptj", "rotary_dim": 4, "tie_word_embeddings": False}),
+    "gptj_whole": (
+        "GPTJForCausalLM",
+        OLD | {"model_type": "gptj", "rotary_dim": 8, "tie_word_embeddings": False, "n_inner": 20},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM", NEOX | {"rotary_pct": 0.5, "use_parallel_residual": True, "tie_word_embeddings": False}
+    ),
+    "gpt_neox_in_turn": (
+        "GPTNeoXForCausalLM",
+        NEOX | {
+            "rotary_pct": 1.0, "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False,
+            "num_attention_heads": 6, "hidden_act": "gelu_fast",
+        },
+    ),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt_350m": (
+        "OPTForCausalLM", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 14, "num_attention_heads": 6}
+    ),
+    "opt_galactica": (
+        "OPTForCausalLM",
+        OPT | {
+            "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
     ),
 }
 """(architecture, config.json) of each case."""

@@ -13,8 +13,12 @@ from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.gemma import gemma
 from jaxpaged.models.gemma2 import Gemma2Extras, gemma2
 from jaxpaged.models.gemma3 import Gemma3Extras, gemma3
+from jaxpaged.models.gpt2 import gpt2
+from jaxpaged.models.gpt_neox import GPTNeoXExtras, gpt_neox
+from jaxpaged.models.gptj import gptj
 from jaxpaged.models.llama import llama
 from jaxpaged.models.olmo2 import olmo2
+from jaxpaged.models.opt import OPTExtras, opt
 from jaxpaged.models.qwen2 import qwen2
 from jaxpaged.models.qwen3 import qwen3
 from jaxpaged.models.smollm3 import SmolLM3Extras, smollm3
@@ -83,6 +87,28 @@ MODELS: Mapping[str, Architecture] = MappingProxyType(
         ),
         "Starcoder2ForCausalLM": Architecture(
             build=starcoder2, examples="StarCoder 2", features="layer norms; plain MLP; biases; sliding window"
+        ),
+        "GPT2LMHeadModel": Architecture(
+            build=gpt2,
+            examples="GPT-2, DistilGPT-2",
+            features="learned positions; layer norms; plain MLP; biases; multi-head attention",
+        ),
+        "GPTNeoXForCausalLM": Architecture(
+            build=gpt_neox,
+            extras=GPTNeoXExtras,
+            examples="GPT-NeoX 20B, Pythia",
+            features="parallel residual or not; layer norms; plain MLP; biases; partial rotary positions; multi-head",
+        ),
+        "GPTJForCausalLM": Architecture(
+            build=gptj,
+            examples="GPT-J 6B",
+            features="parallel residual; layer norms; plain MLP; interleaved partial rotary positions; multi-head",
+        ),
+        "OPTForCausalLM": Architecture(
+            build=opt,
+            extras=OPTExtras,
+            examples="OPT, 125M to 175B (350M too), Galactica",
+            features="learned positions; layer norms before or behind; projected embeddings; plain MLP; multi-head",
         ),
     }
 )
