@@ -84,7 +84,9 @@ class Attention(nnx.Module):
         self, projected: Float[Array, "tokens dim"], norm: Norm | None, angles: Angles | None
     ) -> Float[Array, "tokens heads head_dim"]:
         """Return the heads of a query or key, normalised and rotated."""
-        if norm is not None:
+        if norm is not None and norm.dim != self.head_dim:
+            projected = norm(projected)
+        elif norm is not None:
             projected = norm(projected.reshape(projected.shape[0], -1, norm.dim)).reshape(projected.shape)
         heads = projected.reshape(projected.shape[0], -1, self.head_dim)
         return heads if angles is None else rotate(heads, *angles, is_interleaved=self.is_interleaved)

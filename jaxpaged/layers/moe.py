@@ -1,7 +1,7 @@
 """A mixture of experts: each token goes through the few gated MLPs that a router picks for it, and no others are read.
 
-Tokens are sorted by expert. On TPU their products are grouped (`jax.lax.ragged_dot`). Elsewhere XLA makes that one dense,
-which multiplies every token with every expert, so there a loop takes blocks of rows of one expert each, as many as there
+Tokens are sorted by expert. On TPU their products are grouped (`jax.lax.ragged_dot`). Elsewhere XLA makes that dense,
+which multiplies every token with every expert, so a loop takes blocks of rows of one expert there, as many as there
 are: README, decision 9.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.mlp import ACTIVATIONS
+from jaxpaged.sharding import sum_over
 from pallas_kernels import linear, target_platform
 
 LEAST_BLOCK, LARGEST_BLOCK = 8, 128
@@ -51,7 +52,8 @@ class SparseMLP(nnx.Module):
         rows = hidden[order // self.num_experts_per_token]
         counts = jnp.zeros(probabilities.shape[-1], jnp.int32).at[chosen.reshape(-1)].add(1)
         outputs = self.experts(rows, counts)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-        return jnp.sum(outputs.astype(jnp.float32) * weights[..., None], axis=1).astype(hidden.dtype)
+        weighted = jnp.sum(outputs.astype(jnp.float32) * weights[..., None], axis=1)
+        return sum_over(weighted, "mlp").astype(hidden.dtype)
 
 
 class Experts(nnx.Module):
@@ -60,15 +62,17 @@ class Experts(nnx.Module):
     def __init__(
         self, model_dim: int, expert_dim: int, *, num_experts: int, activation: str, dtype: DTypeLike
     ) -> None:
-        self.gate = nnx.Param(jnp.zeros((num_experts, expert_dim, model_dim), dtype))
-        self.up = nnx.Param(jnp.zeros((num_experts, expert_dim, model_dim), dtype))
-        self.down = nnx.Param(jnp.zeros((num_experts, model_dim, expert_dim), dtype))
+        self.gate = nnx.Param(jnp.zeros((num_experts, expert_dim, model_dim), dtype), axes=(None, "mlp", None))
+        self.up = nnx.Param(jnp.zeros((num_experts, expert_dim, model_dim), dtype), axes=(None, "mlp", None))
+        self.down = nnx.Param(jnp.zeros((num_experts, model_dim, expert_dim), dtype), axes=(None, None, "mlp"))
         self.activation = activation
 
     def __call__(
         self, rows: Float[Array, "rows model_dim"], counts: Int[Array, " experts"], implementation: str | None = None
     ) -> Float[Array, "rows model_dim"]:
         """Return each row's output; rows are sorted by expert, `counts` says how many each expert has.
+
+        Where `expert_dim` is cut over devices, that is the part of the sum that this device has.
 
         `implementation` is a name in IMPLEMENTATIONS, by default the one for the platform.
         """

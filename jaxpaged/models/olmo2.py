@@ -13,8 +13,8 @@ def olmo2(config: ModelConfig, *, max_model_len: int | None = None) -> Decoder:
             attention=attention(
                 config,
                 layer,
-                query_norm=rms_norm(config, config.num_q_heads * config.head_dim),
-                key_norm=rms_norm(config, config.num_kv_heads * config.head_dim),
+                query_norm=rms_norm(config, config.num_q_heads * config.head_dim, axis="q_heads"),
+                key_norm=rms_norm(config, config.num_kv_heads * config.head_dim, axis="kv_heads"),
             ),
             mlp=gated_mlp(config),
             attention_norm=None,

@@ -37,9 +37,12 @@ def plain_mlp(config: ModelConfig) -> MLP:
     )
 
 
-def rms_norm(config: ModelConfig, dim: int | None = None, *, offset: float = 0.0) -> RMSNorm:
-    """Return a norm of `dim` dimensions, model_dim by default."""
-    return RMSNorm(config.model_dim if dim is None else dim, eps=config.norm_eps, dtype=config.dtype, offset=offset)
+def rms_norm(
+    config: ModelConfig, dim: int | None = None, *, offset: float = 0.0, axis: str | None = None
+) -> RMSNorm:
+    """Return a norm of `dim` dimensions, model_dim by default; `axis` names them where they are those of all heads."""
+    dim = config.model_dim if dim is None else dim
+    return RMSNorm(dim, eps=config.norm_eps, dtype=config.dtype, offset=offset, axis=axis)
 
 
 def layer_norm(config: ModelConfig, *, is_affine: bool = True) -> LayerNorm:

@@ -162,7 +162,7 @@ FAULTS = {
     "remote code": (edit_config(auto_map={"AutoModelForCausalLM": "evil.Model"}), "config.json: auto_map"),
     "tokenizer code": (tokenizer_code, "tokenizer_config.json: auto_map"),
     "attribute": (edit_config(moe_layers=3), "config.json: attribute 'moe_layers'"),
-    "architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "config.json: architectures="),
+    "architecture": (edit_config(architectures=["BloomForCausalLM"]), "config.json: architectures="),
     "two architectures": (edit_config(architectures=["LlamaForCausalLM", "X"]), "config.json: architectures="),
     "model type": (edit_config(model_type="gemma"), "config.json: model_type='gemma'"),
     "huge layers": (edit_config(num_hidden_layers=10**12), "config.json: num_hidden_layers=1000000000000"),
