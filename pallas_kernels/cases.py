@@ -82,7 +82,7 @@ def make_batch(case: BatchCase, implementation: str, seed: int = 0) -> Batch:
 
     NaN are: all blocks nobody owns, the null block, the slots past each sequence's last token (and, before the op has
     written them, those of its new tokens), and the queries, keys and values of padding tokens. Table entries past a
-    sequence's last block name poisoned blocks.
+    sequence's last block, and those of blocks wholly before the window of its first new token, name poisoned blocks.
     """
     random = np.random.default_rng(seed)
     heads, block_size = case.heads, case.block_size
@@ -108,9 +108,13 @@ def make_batch(case: BatchCase, implementation: str, seed: int = 0) -> Batch:
         tables[row, :count] = ids[taken : taken + count]
         taken += count
         sequence = random.standard_normal((2, context, heads.num_kv_heads, heads.head_dim), np.float32)
-        position = np.arange(context - length)
+        # blocks that lie wholly before every window of the step have been let go, whoever has them now
+        num_left = 0 if case.window is None else max(context - length - case.window + 1, 0) // block_size
+        if num_left:
+            tables[row, :num_left] = random.choice([0, *poisoned], num_left)
+        position = np.arange(num_left * block_size, context - length)
         where = tables[row, position // block_size], position % block_size
-        keys[where], values[where] = sequence[:, : context - length]
+        keys[where], values[where] = sequence[:, position]
         new_key[token : token + length], new_value[token : token + length] = sequence[:, context - length :]
         token += length
     sinks = jnp.asarray(random.standard_normal(heads.num_q_heads, np.float32)) if case.has_sinks else None

@@ -15,12 +15,14 @@ import numpy as np
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 
 
-def check_metadata(metadata: AttentionMetadata, *, num_blocks: int, block_size: int) -> None:
+def check_metadata(
+    metadata: AttentionMetadata, *, num_blocks: int, block_size: int, window: int | None = None
+) -> None:
     """Raises ValueError for the first fault of a batch that `paged_attention` is to serve with a cache of this size.
 
     Found are lengths that are not those of the table and the token axis, block ids that are none, the null block where
     a live token is kept, slots that are not the table's, two tokens in one slot, and tiles that do not cover the
-    tokens of chunks exactly once.
+    tokens of chunks exactly once. A token that lies before the `window` of every query is not live.
     """
     tables, contexts, starts, slots, tile_sequences, tile_starts, tile_lens = (
         _values(getattr(metadata, name), name)
@@ -42,7 +44,7 @@ def check_metadata(metadata: AttentionMetadata, *, num_blocks: int, block_size: 
             "is made of whole blocks"
         )
     _check_lengths(tables, contexts, starts, slots, num_decodes, block_size)
-    _check_tables(tables, contexts, starts, num_blocks, block_size)
+    _check_tables(tables, contexts, starts, num_blocks, block_size, window)
     _check_slots(tables, contexts, starts, slots, num_blocks, block_size)
     if not 0 <= num_tiles <= tile_sequences.shape[0]:
         raise ValueError(f"num_tiles={num_tiles} of {tile_sequences.shape[0]} tile slots: it must be 0 to that many")
@@ -118,12 +120,17 @@ def _check_lengths(
 
 
 def _check_tables(
-    tables: np.ndarray, contexts: np.ndarray, starts: np.ndarray, num_blocks: int, block_size: int
+    tables: np.ndarray, contexts: np.ndarray, starts: np.ndarray, num_blocks: int, block_size: int, window: int | None
 ) -> None:
     # rows without new tokens are padding: nobody reads them
     num_used = np.where(np.diff(starts) > 0, -(-contexts // block_size), 0)
-    is_used = np.arange(tables.shape[1]) < num_used[:, None]
-    for sequence, column in np.argwhere(is_used & ((tables < 1) | (tables >= num_blocks)))[:1]:
+    columns = np.arange(tables.shape[1])
+    is_used = columns < num_used[:, None]
+    lowest = np.ones_like(tables)
+    if window is not None:  # a block before the window of the first query may be anybody's, the null block too
+        first_keys = contexts - np.diff(starts) - window + 1
+        lowest = np.where((columns + 1) * block_size <= first_keys[:, None], 0, 1)
+    for sequence, column in np.argwhere(is_used & ((tables < lowest) | (tables >= num_blocks)))[:1]:
         block = tables[sequence, column]
         reason = "block 0 is the null block, where padding is written" if block == 0 else "there is no such block"
         raise ValueError(

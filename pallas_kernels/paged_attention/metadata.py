@@ -40,7 +40,9 @@ class AttentionMetadata:
     """
 
     block_tables: Int[Array, "seqs blocks_per_seq"]
-    """Logical block -> block id. Entries past a sequence's last block are never read from the cache."""
+    """Logical block -> block id. What entries past a sequence's last block name is never used; with a window, neither
+    is what entries of blocks name that lie wholly before the window of the sequence's first query: any block of the
+    cache, the null block too, may stand there."""
     context_lens: Int[Array, "seqs"]
     """Tokens in the cache after this step; 0 in padding rows."""
     query_starts: Int[Array, "seqs_plus_1"]

@@ -345,6 +345,7 @@ def _attend_tiles(
             is_used = positions < end
             if window is not None:
                 is_seen &= positions > row_positions[:, None] - window
+                is_used &= positions > first - window
             keys = _gather(kv, ids, is_used[None])
             scores = _score(rows, keys, is_seen[None], soft_cap)
             now = _weigh(scores, keys, is_seen[None], jnp.maximum(before.highest, scores.max(-1)))

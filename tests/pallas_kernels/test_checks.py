@@ -45,6 +45,18 @@ def test_a_right_batch_passes() -> None:
     check(changed("block_tables", (4, 0), -7))
 
 
+def test_blocks_before_the_window_may_be_anybodys() -> None:
+    # the chunk's first token stands at 3, the decode of sequence 0 at 4: with a window of 1 it sees block 1 alone
+    check(batch([[0, 3, 0], [1, 0, 0], [5, 6, 7]]), window=1)
+    check(batch([[7, 3, 0], [1, 0, 0], [5, 6, 7]]), window=1)
+    with pytest.raises(ValueError, match="sequence 0, column 0 .*: block 0 of"):
+        check(batch([[0, 3, 0], [1, 0, 0], [5, 6, 7]]), window=2)
+    with pytest.raises(ValueError, match="sequence 2, column 0 .*: block 0 of"):
+        check(batch([[2, 3, 0], [1, 0, 0], [0, 6, 7]], slot_mapping=[12, 7, 3, 24, 25, 26, 27, 28, *[0] * 4]), window=1)
+    with pytest.raises(ValueError, match="sequence 0, column 0 .*: block 10 of"):
+        check(batch([[10, 3, 0], [1, 0, 0], [5, 6, 7]]), window=1)
+
+
 WRONG = {
     "id too large": (lambda: batch([[2, 3, 0], [1, 0, 0], [5, 6, 10]]),
                      r"sequence 2, column 2 of its block table: block 10 of a cache of 10 blocks; there is no such"),
