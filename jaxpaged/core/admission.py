@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxpaged.core.request import Request
+from jaxpaged.core.table_layout import TableLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,15 +33,19 @@ class SchedulerLimits:
             )
 
 
-def num_worst_case_blocks(request: Request, max_model_len: int, block_size: int) -> int:
-    """Most blocks the request can ever hold alone: the full blocks of its prompt once, the rest once per sample."""
+def num_worst_case_blocks(request: Request, limits: SchedulerLimits, layout: TableLayout) -> int:
+    """Most blocks the request can ever hold alone: the full blocks of its prompt once, the rest once per sample.
+
+    Of layers with a window, what a window and a step take, once per sample.
+    """
     # the last token is never written: nothing comes after it
-    num_tokens = min(request.num_prompt_tokens + request.max_tokens, max_model_len) - 1
-    num_common = request.num_prompt_tokens // block_size
-    return num_common + request.params.n * (-(-num_tokens // block_size) - num_common)
+    num_tokens = min(request.num_prompt_tokens + request.max_tokens, limits.max_model_len) - 1
+    num_common = request.num_prompt_tokens // layout.block_size
+    per_sample = layout.most_blocks(num_tokens, limits.max_num_batched_tokens, num_common)
+    return layout.num_full_groups * num_common + request.params.n * per_sample
 
 
-def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int, block_size: int) -> None:
+def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int, layout: TableLayout) -> None:
     """Raise ValueError, with both numbers, for a request that could never end by itself."""
     num_prompt, n = request.num_prompt_tokens, request.params.n
     if num_prompt < 1 or request.max_tokens < 1:
@@ -61,10 +66,10 @@ def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int
                 f"prompt_logprobs of this prompt takes {num_rows} logit rows in one step, but "
                 f"max_num_logits={limits.max_num_logits}: shorten the prompt or turn enable_chunked_prefill on"
             )
-    num_blocks = num_worst_case_blocks(request, limits.max_model_len, block_size)
+    num_blocks = num_worst_case_blocks(request, limits, layout)
     if num_blocks > num_usable_blocks:
         raise ValueError(
-            f"the request can grow to {num_blocks} blocks of {block_size} tokens ({num_prompt} prompt tokens, "
+            f"the request can grow to {num_blocks} blocks of {layout.block_size} tokens ({num_prompt} prompt tokens, "
             f"max_tokens={request.max_tokens}, n={n}), but the pool has {num_usable_blocks}: "
             f"shorten the prompt, lower max_tokens or n, or give more blocks"
         )

@@ -15,8 +15,13 @@ def chain_key(parent: bytes, tokens: TokenSequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
 
 
+def group_key(key: bytes, group: int) -> bytes:
+    """The key of a full block in one layer group; that of group 0 is the chain key itself, others are longer."""
+    return key + group.to_bytes(2) if group else key
+
+
 class PrefixCache:
-    """Chain key -> device block. It holds no references: an entry lives until its block is given new content."""
+    """Key of tokens and layer group -> device block. It holds no references: an entry lives until its block is given new content."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, int] = {}

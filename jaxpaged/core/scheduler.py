@@ -87,7 +87,7 @@ class Scheduler:
         """Accept the request, to wait its turn; ValueError for a duplicate id or one that could never finish."""
         if request.request_id in self._groups:
             raise ValueError(f"request id {request.request_id!r} is in use: choose another, or abort it first")
-        check_fits(request, self.limits, self.block_manager.device.num_usable, self.block_manager.block_size)
+        check_fits(request, self.limits, self.block_manager.device.num_usable, self.block_manager.layout)
         sequence = Sequence(next(self._sequence_ids), request, 0, list(request.prompt_token_ids))
         group = SequenceGroup(request, [sequence])
         self._groups[request.request_id] = group
@@ -168,6 +168,9 @@ class Scheduler:
             items = self._plan_group(group, step)
             if not items:
                 continue
+            if manager.has_windows:
+                for item in items:
+                    manager.leave(item.sequence, item.start)
             # everything behind `index` is not scheduled yet in this step: the last of them gives way first
             num_blocks = manager.num_blocks_to_append(items)
             while num_blocks > manager.num_free_blocks:
@@ -205,17 +208,16 @@ class Scheduler:
                 return
             leader, *members = group.unfinished
             match = self._match(group, leader)
-            num_matched_tokens = len(match) * manager.block_size
-            if self._is_next_block_computed(group, leader, len(match), step):
+            num_matched = len(match) // manager.num_groups
+            num_matched_tokens = num_matched * manager.block_size
+            if self._is_next_block_computed(group, leader, num_matched, step):
                 return
             budgets = (step.num_tokens_left, step.num_logits_left)
             num_samples = 1 if group.is_forked else group.request.params.n
             if plan_sequence(leader, num_matched_tokens, num_samples, *budgets, self.limits) is None:
                 return
-            num_common = num_common_blocks(group, manager.block_size)
-            num_blocks = manager.num_blocks_for(leader.num_tokens)
-            num_blocks += sum(manager.num_blocks_for(member.num_tokens) - num_common for member in members)
-            if not manager.can_allocate(match, num_blocks, self._num_watermark_blocks()):
+            num_blocks = self._num_blocks_to_start(group, leader, members, match)
+            if num_blocks + self._num_watermark_blocks() > manager.num_free_blocks:
                 return
             counts = manager.device.reference_counts
             num_shared = sum(counts[block] > 0 for block in match)
@@ -231,6 +233,17 @@ class Scheduler:
             self._run(group)
             items = self._plan_group(group, step)
             self._schedule_items(group, items, manager.num_blocks_to_append(items), step)
+
+    def _num_blocks_to_start(
+        self, group: SequenceGroup, leader: Sequence, members: ListLike[Sequence], match: ListLike[int]
+    ) -> int:
+        """Free blocks that all known tokens of a waiting group may take."""
+        manager, step_tokens = self.block_manager, self.limits.max_num_batched_tokens
+        num_blocks = manager.num_blocks_to_start(match, leader.num_tokens, step_tokens)
+        num_common = num_common_blocks(group, manager.block_size)
+        for member in members:
+            num_blocks += manager.layout.most_blocks(member.num_tokens, step_tokens, num_common)
+        return num_blocks
 
     def _is_awaited(self, group: SequenceGroup) -> bool:
         """Whether a step in flight will still add tokens to it; a group does not come back before that."""
@@ -256,7 +269,17 @@ class Scheduler:
         return group.is_forked or group.request.params.prompt_logprobs is None
 
     def _match(self, group: SequenceGroup, sequence: Sequence) -> list[int]:
-        return self.block_manager.match(sequence) if self._may_match(group) else []
+        if not self._may_match(group):
+            return []
+        manager, most_columns = self.block_manager, None
+        if manager.has_windows and not sequence.block_ids and self._has_unstarted(group, sequence):
+            # its mates are to go on from the end of the prompt: it must not begin behind the window they need there
+            most_columns = num_common_blocks(group, manager.block_size) or None
+        return manager.match(sequence, most_columns)
+
+    def _has_unstarted(self, group: SequenceGroup, sequence: Sequence) -> bool:
+        """Whether samples besides `sequence` are to be recomputed and have no block yet."""
+        return any(mate is not sequence and not mate.num_computed_tokens for mate in group.unfinished)
 
     def _run(self, group: SequenceGroup) -> None:
         self._num_unreserved_rows -= self._num_rows(group)
@@ -285,10 +308,10 @@ class Scheduler:
             return [] if item is None else [item]
         items = []
         for sequence in group.unfinished:
-            if not num_tokens:
-                break
             if not sequence.num_computed_tokens and not self._start_sample(group, sequence):
                 continue
+            if not num_tokens:
+                continue  # but a sample starts now: its mate may let go of what the sample needs before the next step
             item = plan_sequence(sequence, sequence.num_computed_tokens, 1, num_tokens, num_logits, self.limits)
             if item is not None:
                 items.append(item)
@@ -308,15 +331,23 @@ class Scheduler:
         if sequence.status is not SequenceStatus.RUNNING:
             return sequence is live[0] or not num_common  # planning ahead of a swap-in: nothing to share yet
         if num_common:
-            mates = (mate for mate in live if mate is not sequence and mate.num_computed_tokens >= num_common_tokens)
+            mates = (
+                mate
+                for mate in live
+                if mate is not sequence
+                and mate.num_computed_tokens >= num_common_tokens
+                and manager.can_share_prefix(mate, num_common)
+            )
             mate = next(mates, None)
             if mate is None and sequence is not live[0]:
                 return False
             if mate is not None:
                 manager.share_prefix(mate, sequence, num_common)
         match = self._match(group, sequence)[len(sequence.block_ids) :]
+        num_columns = (len(sequence.block_ids) + len(match)) // manager.num_groups
+        sequence.num_computed_tokens = num_columns * manager.block_size
+        manager.leave(sequence, sequence.num_computed_tokens)  # what its mate still had, and the match goes beyond
         manager.allocate(sequence, match)
-        sequence.num_computed_tokens = len(sequence.block_ids) * manager.block_size
         return True
 
     def _schedule_items(
@@ -348,6 +379,11 @@ class Scheduler:
     def _preempt(self, group: SequenceGroup, step: StepPlan) -> None:
         """Take all blocks and rows from a running group that has left the queue; all or nothing."""
         step.has_preempted = True
+        if self.block_manager.has_windows:
+            live = group.unfinished
+            # while samples are still to start, a mate keeps what they will share
+            for sequence in live if all(sequence.num_computed_tokens for sequence in live) else ():
+                self.block_manager.leave(sequence, sequence.num_computed_tokens)
         self._give_way(group)
         copies = None
         if is_to_swap(group, self.preemption, self.costs, self.block_manager):
@@ -485,7 +521,7 @@ class Scheduler:
             if parent.status is SequenceStatus.RUNNING:
                 child.row = heapq.heappop(self._rows)  # reserved on admission
             group.sequences.append(child)
-        group.num_shared_blocks += (n - 1) * len(parent.block_ids)
+        group.num_shared_blocks += (n - 1) * len(self.block_manager.held(parent))
         for sample_index, sequence in enumerate(list(group.sequences)):
             self._append_token(group, sequence, result, sample_index, events)
 

@@ -96,15 +96,20 @@ class KernelShape:
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=self.transforms)
 
 
-def block_ids(shape: KernelShape, tables: Ref, sequence: Array, chunk: Array, last_block: Array) -> tuple[Array, ...]:
+def block_ids(
+    shape: KernelShape, tables: Ref, sequence: Array, chunk: Array, first_key: Array, last_block: Array
+) -> tuple[Array, ...]:
     """Ids of the blocks of a chunk; past the last block of the sequence that one again, as nothing behind it is read.
 
-    To be read from the table long before they are used: a load takes about as long as a turn of decodes.
+    Likewise with a window the block of the first key that is seen, `first_key`, for those before it. To be read from
+    the table long before they are used: a load takes about as long as a turn of decodes.
     """
     first = lax.div(chunk * shape.chunk, jnp.int32(shape.block_size))
-    return tuple(
-        tables[sequence, jnp.minimum(first + copy, last_block)] for copy in range(shape.copies_per_chunk)
-    )
+    indices = [jnp.minimum(first + copy, last_block) for copy in range(shape.copies_per_chunk)]
+    if shape.window is not None:
+        first_block = lax.div(first_key, jnp.int32(shape.block_size))
+        indices = [jnp.maximum(index, first_block) for index in indices]
+    return tuple(tables[sequence, index] for index in indices)
 
 
 def start_copies(
@@ -255,6 +260,7 @@ def attend_decodes(
             sequence, first, end = sequences[item], starts[item], ends[item]
             length = lens[sequence]
             last_block = lax.div(length - 1, jnp.int32(shape.block_size))
+            first_key = jnp.int32(0) if shape.window is None else jnp.maximum(length - shape.window, 0)
             plgpu.copy_gmem_to_smem(queries.at[sequence, head], query.at[pl.ds(0, group_rows)], query_barrier)
 
             def fetch(index: Array, slot: Any, ids: tuple[Array, ...]) -> None:
@@ -262,7 +268,7 @@ def attend_decodes(
                 start_copies(shape, values, value_stages.at[slot], value_barriers.at[slot], ids, head, index)
 
             def ids_of(index: Array) -> tuple[Array, ...]:
-                return block_ids(shape, tables, sequence, index, last_block)
+                return block_ids(shape, tables, sequence, index, first_key, last_block)
 
             for stage in range(stages):
 

@@ -208,7 +208,7 @@ def attend_tiles(
                 last_block = lax.div(now.end - 1, jnp.int32(shape.block_size))
 
                 def ids_of(index: Array) -> tuple[Array, ...]:
-                    return block_ids(shape, tables, now.sequence, index, last_block)
+                    return block_ids(shape, tables, now.sequence, index, now.first_key, last_block)
 
                 def turn(index: Array, ids: tuple[Array, ...]) -> tuple[Array, ...]:
                     count = num_turns + index - now.first_chunk
@@ -276,6 +276,8 @@ class Work:
     position: Array
     end: Array
     """One more than the last position any row sees."""
+    first_key: Array
+    """The first position any row sees."""
     first_chunk: Array
     last_chunk: Array
     """One more than the last."""
@@ -310,11 +312,12 @@ def read_work(
     # nothing to do where the tile ends before the part's tokens begin
     last_chunk = jnp.where(first_token < length, lax.div(end + (shape.chunk - 1), jnp.int32(shape.chunk)), 0)
     whole_end = lax.div(first_query + 1, jnp.int32(shape.chunk))
-    first_chunk = whole_start = jnp.int32(0)
+    first_key = first_chunk = whole_start = jnp.int32(0)
     if shape.window is not None:
-        first_seen = jnp.maximum(first_query - (shape.window - 1), 0)
-        first_chunk = jnp.minimum(lax.div(first_seen, jnp.int32(shape.chunk)), last_chunk)
+        first_key = jnp.maximum(first_query - (shape.window - 1), 0)
+        first_chunk = jnp.minimum(lax.div(first_key, jnp.int32(shape.chunk)), last_chunk)
         whole_start = lax.div(jnp.maximum(end - shape.window, 0) + (shape.chunk - 1), jnp.int32(shape.chunk))
     return Work(
-        tile, head, part, sequences[tile], starts[tile], position, end, first_chunk, last_chunk, whole_start, whole_end
-    )
+        tile, head, part, sequences[tile], starts[tile], position, end, first_key, first_chunk, last_chunk,
+        whole_start, whole_end,
+    )  # fmt: skip

@@ -1,4 +1,8 @@
-"""A runner without a model: it keeps what blocks hold, checks every history that is read, and draws tokens by hash."""
+"""A runner without a model: it keeps what blocks hold, checks every history that is read, and draws tokens by hash.
+
+A slot holds the hash of all tokens up to its own, and the layer group it is of. A step reads, as attention does, all
+slots of groups without a window, and of the others those that some token of the step sees.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -70,8 +74,11 @@ class FakeRunner:
         self.nonfinite = nonfinite
         """(request id, number of outputs so far) at which logits are not finite."""
         self.block_size = manager.block_size
-        self.device: list[list[int | None]] = [[None] * self.block_size for _ in range(manager.device.num_blocks)]
-        self.host: list[list[int | None]] = [[None] * self.block_size for _ in range(manager.host.num_blocks)]
+        self.windows = manager.layout.windows
+        self.device = [[None] * self.block_size for _ in range(manager.device.num_blocks)]
+        self.host = [[None] * self.block_size for _ in range(manager.host.num_blocks)]
+        self.num_unread = 0
+        """Slots that lay before a window."""
         self.rows: dict[int, tuple[Sequence, int, list[int]]] = {}
 
     def run(self, output: SchedulerOutput) -> RunnerOutput:
@@ -89,18 +96,28 @@ class FakeRunner:
             hashes = prefix_hashes(history)
             assert start + num_new <= len(history), "a token was scheduled that nobody has sampled"
             for position in range(start, start + num_new):
-                block = sequence.block_ids[position // self.block_size]
-                assert self.scheduler.block_manager.device.reference_counts[block] == 1, "a shared block is written"
-                self.device[block][position % self.block_size] = hashes[position]
+                for group in range(len(self.windows)):
+                    block, offset = self.slot(sequence, group, position)
+                    assert self.scheduler.block_manager.device.reference_counts[block] == 1, "a shared block is written"
+                    self.device[block][offset] = (group, hashes[position])
             histories.append((history, hashes))
         results = []
         for item, (history, hashes) in zip(output.scheduled, histories, strict=True):
             sequence, start, num_new, num_samples = item
-            for position in range(start + num_new):
-                slot = self.device[sequence.block_ids[position // self.block_size]][position % self.block_size]
-                assert slot == hashes[position], f"position {position} of {sequence.request.request_id} is not its own"
+            for group, window in enumerate(self.windows):
+                first = 0 if window is None else max(start - window + 1, 0)
+                self.num_unread += first
+                for position in range(first, start + num_new):
+                    block, offset = self.slot(sequence, group, position)
+                    name = f"position {position} of {sequence.request.request_id} in group {group}"
+                    assert self.device[block][offset] == (group, hashes[position]), f"{name} is not its own"
             results.append(self.sample(sequence, history, hashes, start, num_new, num_samples))
         return RunnerOutput(tuple(results))
+
+    def slot(self, sequence: Sequence, group: int, position: int) -> tuple[int, int]:
+        """(block, offset) of a position in a layer group."""
+        column, offset = divmod(position, self.block_size)
+        return sequence.block_ids[column * len(self.windows) + group], offset
 
     def history(self, sequence: Sequence) -> list[int]:
         """The tokens of its row on the device, filled afresh for a new epoch."""

@@ -2,16 +2,18 @@ import pytest
 from core.fake_runner import make_request
 
 from jaxpaged.core.admission import SchedulerLimits, check_fits, num_worst_case_blocks
+from jaxpaged.core.table_layout import TableLayout
 
 LIMITS = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=32, max_num_logits=8)
+LAYOUT = TableLayout(4)
 
 
 def test_the_worst_case_counts_full_prompt_blocks_once_and_never_the_last_token():
-    assert num_worst_case_blocks(make_request("r", range(8), max_tokens=1), 32, 4) == 2
-    assert num_worst_case_blocks(make_request("r", range(8), max_tokens=2), 32, 4) == 3
+    assert num_worst_case_blocks(make_request("r", range(8), max_tokens=1), LIMITS, LAYOUT) == 2
+    assert num_worst_case_blocks(make_request("r", range(8), max_tokens=2), LIMITS, LAYOUT) == 3
     # 9 prompt tokens: 2 blocks together; 9 + 8 - 1 = 16 tokens: 2 more for each of the 3 samples
-    assert num_worst_case_blocks(make_request("r", range(9), max_tokens=8, n=3), 32, 4) == 2 + 3 * 2
-    assert num_worst_case_blocks(make_request("r", range(9), max_tokens=1000), 32, 4) == 8  # 31 tokens
+    assert num_worst_case_blocks(make_request("r", range(9), max_tokens=8, n=3), LIMITS, LAYOUT) == 2 + 3 * 2
+    assert num_worst_case_blocks(make_request("r", range(9), max_tokens=1000), LIMITS, LAYOUT) == 8  # 31 tokens
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def test_the_worst_case_counts_full_prompt_blocks_once_and_never_the_last_token(
 )
 def test_what_can_never_fit_is_refused_with_both_numbers(prompt_len, options, words):
     with pytest.raises(ValueError, match=words[0]) as refusal:
-        check_fits(make_request("r", range(prompt_len), **options), LIMITS, 7, 4)
+        check_fits(make_request("r", range(prompt_len), **options), LIMITS, 7, LAYOUT)
     assert all(word in str(refusal.value) for word in words)
 
 
@@ -33,9 +35,9 @@ def test_without_chunks_all_logit_rows_of_a_prompt_must_fit_one_step():
     limits = SchedulerLimits(
         max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, max_num_logits=8, enable_chunked_prefill=False
     )
-    check_fits(make_request("r", range(8), prompt_logprobs=0), limits, 9, 4)
+    check_fits(make_request("r", range(8), prompt_logprobs=0), limits, 9, LAYOUT)
     with pytest.raises(ValueError, match="9 logit rows.*max_num_logits=8"):
-        check_fits(make_request("r", range(9), prompt_logprobs=0), limits, 9, 4)
+        check_fits(make_request("r", range(9), prompt_logprobs=0), limits, 9, LAYOUT)
 
 
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_num_logits", "max_model_len"])

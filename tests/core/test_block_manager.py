@@ -96,8 +96,10 @@ def test_a_freed_block_is_found_until_it_is_taken_tail_first():
     follower = running(3, range(13))
     match = manager.match(follower)
     assert match == [1, 2]
-    assert not manager.can_allocate(match, 3)  # two found ones are free and count as much as new ones
-    assert manager.can_allocate(match, 2)
+    assert manager.num_blocks_to_start(match, 12, 99) == 3  # two found ones are free and count as much as new ones
+    manager.device.share(match[0])
+    assert manager.num_blocks_to_start(match, 12, 99) == 2
+    manager.device.release(match[0])
     manager.allocate(follower, match)
     assert manager.num_free_blocks == 0
 

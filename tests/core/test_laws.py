@@ -19,13 +19,14 @@ MAX_NUM_SEQS = 7
 
 
 def make_loop(
-    *, num_device_blocks, num_host_blocks, block_size=4, preemption="swap", num_ahead=1, enable_prefix_caching=True,
-    **options,
+    *, num_device_blocks, num_host_blocks, block_size=4, windows=(None,), preemption="swap", num_ahead=1,
+    enable_prefix_caching=True, **options,
 ):
     manager = BlockManager(
         num_device_blocks=num_device_blocks,
         num_host_blocks=num_host_blocks,
         block_size=block_size,
+        windows=windows,
         enable_prefix_caching=enable_prefix_caching,
     )
     options = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 16, "max_num_logits": 12} | options
@@ -45,15 +46,19 @@ def random_request(rng, index):
     )
 
 
-def run_random_load(rng, preemption, num_ahead):
+WINDOWS = [(None,), (6,), (None, 5), (9, None, 9), (1,), (2, 14)]
+
+
+def run_random_load(rng, preemption, num_ahead, windows):
     """Sixty requests, some aborted or poisoned, with failing swaps, against a pool that holds a few."""
     is_chunked = rng.random() < 0.8
+    num_columns = rng.choice([10, 13, 17])
     loop = make_loop(
-        num_device_blocks=rng.choice([11, 14, 18]), num_host_blocks=rng.choice([0, 6, 40]), preemption=preemption,
-        num_ahead=num_ahead, enable_prefix_caching=rng.random() < 0.7, enable_chunked_prefill=is_chunked,
+        num_device_blocks=1 + sum(num_columns if window is None else num_columns // 2 + 1 for window in windows),
+        num_host_blocks=rng.choice([0, 6, 40]) * len(windows), preemption=preemption, windows=windows, num_ahead=num_ahead, enable_prefix_caching=rng.random() < 0.7, enable_chunked_prefill=is_chunked,
         max_num_batched_tokens=rng.choice([3, 9, 30]) if is_chunked else 40, max_num_logits=rng.choice([4, 40]),
         order=rng.choice([first_come_first_served, by_priority]),
-        costs=PreemptionCosts(seconds_per_block_copy=1.0, seconds_per_prefill_token=0.5),
+        costs=PreemptionCosts(seconds_per_block_copy=1.0 / len(windows), seconds_per_prefill_token=0.5),
     )
     aborted = set()
     for index in range(60):
@@ -74,16 +79,18 @@ def run_random_load(rng, preemption, num_ahead):
             assert not loop.scheduler.abort(request_id)
     loop.drain(lambda: rng.random() < 0.1)
     loop.check_outputs(aborted)
+    assert (loop.runner.num_unread > 0) == (windows != (None,))
     return loop.scheduler
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1, 2])
 @pytest.mark.parametrize("preemption", ["swap", "recompute", "auto"])
-def test_outputs_do_not_depend_on_pressure(preemption, num_ahead):
+@pytest.mark.parametrize("windows", [(None,), (None, 5, 5), (6,)])
+def test_outputs_do_not_depend_on_pressure(windows, preemption, num_ahead):
     rng = random.Random(f"{preemption} {num_ahead}")
-    met = [run_random_load(rng, preemption, num_ahead) for _ in range(6)]
+    met = [run_random_load(rng, preemption, num_ahead, windows) for _ in range(6 if windows == (None,) else 14)]
     # it met what it tests
-    assert sum(scheduler.num_preemptions for scheduler in met) > 20
+    assert sum(scheduler.num_preemptions for scheduler in met) > 15
     assert sum(scheduler.num_nonfinite for scheduler in met) > 0
     assert sum(scheduler.block_manager.num_copied_blocks for scheduler in met) > 0
     assert sum(scheduler.block_manager.prefix_cache.num_hits for scheduler in met) > 0
@@ -119,10 +126,11 @@ class HostWing(RuleBasedStateMachine):
         preemption=st.sampled_from(["swap", "recompute", "auto"]), num_ahead=st.integers(0, 1),
         enable_prefix_caching=st.booleans(), enable_chunked_prefill=st.booleans(),
         max_num_batched_tokens=st.integers(1, 20), max_num_logits=st.integers(1, 20),
-        max_num_seqs=st.integers(1, MAX_NUM_SEQS), order=st.sampled_from([first_come_first_served, by_priority]),
+        windows=st.sampled_from(WINDOWS), max_num_seqs=st.integers(1, MAX_NUM_SEQS), order=st.sampled_from([first_come_first_served, by_priority]),
     )
-    def start(self, max_num_batched_tokens, enable_chunked_prefill, **options):
+    def start(self, num_device_blocks, windows, max_num_batched_tokens, enable_chunked_prefill, **options):
         self.loop = make_loop(
+            num_device_blocks=(num_device_blocks - 1) * len(windows) + 1, windows=windows,
             max_num_batched_tokens=max_num_batched_tokens + (0 if enable_chunked_prefill else MAX_MODEL_LEN),
             enable_chunked_prefill=enable_chunked_prefill, **options,
         )
@@ -146,7 +154,7 @@ class HostWing(RuleBasedStateMachine):
         except ValueError:
             assert (
                 request.params.n > min(limits.max_num_seqs, limits.max_num_logits)
-                or num_worst_case_blocks(request, MAX_MODEL_LEN, manager.block_size) > manager.device.num_usable
+                or num_worst_case_blocks(request, limits, manager.layout) > manager.device.num_usable
                 or not limits.enable_chunked_prefill
             )
         else:
