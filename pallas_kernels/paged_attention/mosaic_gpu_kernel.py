@@ -209,17 +209,21 @@ def load_uncoalesced(source: Ref) -> Float[Array, "rows lanes"]:
     return load(source, *index, layout=WGMMA, optimized=False)
 
 
-def clear_rows_from(shape: KernelShape, values: Ref, first: Array) -> None:
-    """Zeros in the `values` of a chunk from row `first` on: what is stale there may be NaN.
+def clear_stale_rows(shape: KernelShape, values: Ref, first: Array, end: Array) -> None:
+    """Zeros in the `values` of the last chunk but for rows `first` to `end`: what is stale there may be NaN.
 
-    A weight of 0 is not enough, as 0 * NaN is NaN. Piece by piece, as the registers are full of outputs.
+    A weight of 0 is not enough, as 0 * NaN is NaN. Piece by piece, as the registers are full of outputs. Rows before
+    `first` matter with a window only: there the last block may stand for one that is not read (`block_ids`).
     """
     columns = shape.swizzle // 2
     for begin, column in itertools.product(range(0, shape.chunk, ROWS), range(0, shape.lanes, columns)):
         part = values.at[pl.ds(begin, ROWS), pl.ds(column, columns)]
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA) + begin
         old = plgpu.layout_cast(part[...], WGMMA)
-        part[...] = jnp.where(row < first, old, jnp.zeros_like(old))
+        is_kept = row < end
+        if shape.window is not None:
+            is_kept &= row >= first
+        part[...] = jnp.where(is_kept, old, jnp.zeros_like(old))
     plgpu.commit_smem()
 
 
@@ -295,7 +299,8 @@ def attend_decodes(
 
                     @pl.when((index + 1) * chunk > length)
                     def _clear() -> None:
-                        clear_rows_from(shape, value_stages.at[slot], length - index * chunk)
+                        stage, start = value_stages.at[slot], index * chunk
+                        clear_stale_rows(shape, stage, first_key - start, length - start)
 
                 partial = add_chunk(shape, partial, scores, value_stages.at[slot], await_values)
 

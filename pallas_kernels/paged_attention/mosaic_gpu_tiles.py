@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
     Ref,
     add_chunk,
     block_ids,
-    clear_rows_from,
+    clear_stale_rows,
     load_uncoalesced,
     nothing,
     row_wise,
@@ -159,20 +159,21 @@ def attend_tiles(
 
                         @pl.when((index + 1) * chunk > now.end)
                         def _clear() -> None:
-                            clear(value_stages.at[slot], now.end - index * chunk)
+                            start = index * chunk
+                            clear(value_stages.at[slot], now.first_key - start, now.end - start)
 
                     partial = add_chunk(shape, partial, scores, value_stages.at[slot], await_values)
                     plgpu.barrier_arrive(values_used.at[slot])
                     return partial
 
-                def clear(stage: Ref, first: Array) -> None:
+                def clear(stage: Ref, first: Array, end: Array) -> None:
                     if num_warpgroups == 1:
-                        clear_rows_from(shape, stage, first)
+                        clear_stale_rows(shape, stage, first, end)
                         return
                     # both warpgroups read what either clears
                     @pl.when(warpgroup == 0)
                     def _() -> None:
-                        clear_rows_from(shape, stage, first)
+                        clear_stale_rows(shape, stage, first, end)
 
                     plgpu.barrier_arrive(cleared)
                     plgpu.barrier_wait(cleared)
