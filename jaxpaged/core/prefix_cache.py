@@ -21,7 +21,10 @@ def group_key(key: bytes, group: int) -> bytes:
 
 
 class PrefixCache:
-    """Key of tokens and layer group -> device block. It holds no references: an entry lives until its block is given new content."""
+    """Key of tokens and layer group -> device block.
+
+    It holds no references: an entry lives until its block is given new content.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, int] = {}

@@ -63,7 +63,7 @@ class Sequence:
     """Tokens sampled by dispatched steps that the host has not read yet: 1, and 2 while it schedules ahead."""
     status: SequenceStatus = SequenceStatus.WAITING
     block_ids: list[int] = field(default_factory=list)
-    """The block table, as `TableLayout` says: device blocks while running, host blocks while swapped, empty otherwise."""
+    """The block table (`TableLayout`): device blocks while running, host blocks while swapped, empty otherwise."""
     row: int | None = None
     """Index of this sequence's row in the runner's per-sequence device state; held while running."""
     num_preemptions: int = 0

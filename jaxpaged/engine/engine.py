@@ -85,6 +85,7 @@ class Engine:
                 num_device_blocks=memory_plan.num_device_blocks,
                 num_host_blocks=memory_plan.num_host_blocks,
                 block_size=engine_config.block_size,
+                windows=shapes.groups.windows,
                 enable_prefix_caching=engine_config.enable_prefix_caching,
             ),
             max_num_seqs=engine_config.max_num_seqs,
@@ -489,11 +490,12 @@ class Engine:
         """Whether these requests at full length, sharing nothing, need more blocks than the device has."""
         if request_ids is None:
             return True
-        block_size = self.config.block_size
+        layout = self.scheduler.block_manager.layout
         need = 0
         for request_id in request_ids:
             request = self._live[request_id].request
-            need += -(-(request.num_prompt_tokens + request.max_tokens) // block_size) * request.params.n
+            num_tokens = request.num_prompt_tokens + request.max_tokens
+            need += request.params.n * layout.most_blocks(num_tokens, self.config.max_num_batched_tokens)
         return need >= self.memory_plan.num_device_blocks
 
     def warm_up_preemption(self) -> None:

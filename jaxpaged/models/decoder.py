@@ -15,6 +15,7 @@ from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.norm import Norm
 from jaxpaged.layers.rope import Angles, RopeTable, rotary_angles
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.layer_groups import place_of
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "attention"))
@@ -86,9 +87,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "kept model_dim"], tuple[Any, ...]]:
         """Return the normalised hidden state of each token, and the layer caches with the new tokens written.
 
-        `kv` has one cache per layer, `metadata` says which token belongs to which sequence; both go to `attention`
-        untouched. Tokens are packed: there is no batch axis and no phase. `rows` are the tokens whose states are
-        wanted, in the order wanted (all of them by default).
+        `kv` has one cache per layer, or per slot where `metadata` puts layers in groups (`models/layer_groups.py`);
+        `metadata` says which token belongs to which sequence. Both go to `attention` untouched. Tokens are packed:
+        there is no batch axis and no phase. `rows` are the tokens whose states are wanted, in the order wanted (all
+        of them by default).
         """
         angles = {table: rotary_angles(positions, table) for table in dict.fromkeys(self.ropes) if table is not None}
         hidden = self.embedding(token_ids)
@@ -96,15 +98,15 @@ class Decoder(nnx.Module):
             hidden = hidden + self.positions(positions)
         # where only some are wanted, nothing reads what the last layer makes of the others but their keys and values
         last_rows = rows if rows is not None and rows.shape[0] < token_ids.shape[0] else None
-        caches = []
-        for index, (layer, table, layer_kv) in enumerate(zip(self.layers, self.ropes, kv, strict=True)):
+        caches = list(kv)
+        for index, (layer, table) in enumerate(zip(self.layers, self.ropes, strict=True)):
+            slot, layer_metadata = place_of(metadata, index)
             graph, state = nnx.split(layer)
             layer_rows = last_rows if index == len(self.layers) - 1 else None
             layer_angles = None if table is None else angles[table]
-            hidden, layer_kv = apply_layer(
-                graph, state, hidden, layer_angles, layer_kv, metadata, attention=attention, rows=layer_rows
+            hidden, caches[slot] = apply_layer(
+                graph, state, hidden, layer_angles, caches[slot], layer_metadata, attention=attention, rows=layer_rows
             )
-            caches.append(layer_kv)
         if rows is not None and last_rows is None:
             hidden = hidden[rows]
         return hidden if self.norm is None else self.norm(hidden), tuple(caches)

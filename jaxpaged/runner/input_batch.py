@@ -17,6 +17,7 @@ from jaxtyping import Array, Int32
 from jaxpaged.core.request import Request, Sequence
 from jaxpaged.core.scheduler_output import ScheduledSequence
 from jaxpaged.core.step_plan import num_prompt_logprob_rows
+from jaxpaged.models.layer_groups import GroupedMetadata, LayerGroups
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.sampler import SamplingBatch
 from pallas_kernels import AttentionMetadata
@@ -48,6 +49,10 @@ class Attending:
     """False sends decodes through chunk tiles too, so that every query meets the same shapes (batch-invariant)."""
 
 
+ONE_GROUP = LayerGroups((None,), 1)
+"""For those who ask for no particular layers."""
+
+
 def sampling_lengths(num_rows: int) -> dict[str, int]:
     """The fields that the sampler reads, and their lengths: they follow from the number of logit rows alone."""
     names = ("rows", "write_rows", "sample_positions", "ban_stops", "target_ids", "has_target")
@@ -69,7 +74,13 @@ class PackedLayout:
 
     bucket: Bucket
     blocks_per_seq: int
+    """Columns of a block table."""
     attending: Attending
+    groups: LayerGroups = ONE_GROUP
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups.windows)
 
     @property
     def num_tile_slots(self) -> int:
@@ -90,7 +101,7 @@ class PackedLayout:
             "context_lens": seqs,
             "seq_rows": seqs,
             "query_starts": seqs + 1,
-            "block_tables": seqs * self.blocks_per_seq,
+            "block_tables": seqs * self.blocks_per_seq * self.num_groups,
             "tile_sequences": self.num_tile_slots,
             "tile_starts": self.num_tile_slots,
             "tile_lens": self.num_tile_slots,
@@ -123,7 +134,8 @@ class InputBatch:
 
     token_ids: Int32[Array, "tokens"]
     positions: Int32[Array, "tokens"]
-    attention: AttentionMetadata
+    attention: GroupedMetadata
+    """An AttentionMetadata for each layer group."""
     logit_tokens: Int32[Array, "rows"]
     """Which token's hidden state each logit row is made of."""
 
@@ -155,11 +167,14 @@ def needs_sampler(request: Request) -> bool:
 
 
 class RowTables:
-    """Per-row facts on the host; row N (the last) is a dummy for padding."""
+    """Per-row facts on the host; row N (the last) is a dummy for padding.
 
-    def __init__(self, num_rows: int, blocks_per_seq: int) -> None:
+    What a sequence has let go of stays in its row of `block_tables`: attention does not care what stands there.
+    """
+
+    def __init__(self, num_rows: int, blocks_per_seq: int, num_groups: int = 1) -> None:
         self.num_rows = num_rows
-        self.block_tables = np.zeros((num_rows + 1, blocks_per_seq), np.int32)
+        self.block_tables = np.zeros((num_rows + 1, blocks_per_seq * num_groups), np.int32)
         self.ints = np.zeros((num_rows + 1, len(INT_COLUMNS)), np.int32)
         self.floats = np.zeros((num_rows + 1, len(FLOAT_COLUMNS)), np.float32)
         self.floats[:, 1] = 1.0
@@ -223,7 +238,7 @@ def build(
     dummy = tables.num_rows
     has_decode_tiles = layout.attending.has_decode_tiles
     order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_new_tokens > 1)
-    block_tables = tables.block_tables
+    block_tables, num_groups = tables.block_tables, layout.num_groups
     token_ids, is_on_device = fields["token_ids"], fields["is_on_device"]
 
     seq_rows: list[int] = []
@@ -242,10 +257,11 @@ def build(
         first = start // block_size
         ids = sequence.block_ids
         last = (start + count - 1) // block_size
-        if first == last:
+        if first == last and num_groups == 1:
             block_tables[row, first] = ids[first]
         else:
-            block_tables[row, first : last + 1] = ids[first : last + 1]
+            columns = slice(first * num_groups, (last + 1) * num_groups)
+            block_tables[row, columns] = ids[columns]
         known = sequence.token_ids
         if count == 1:
             if start < len(known):
@@ -277,7 +293,7 @@ def build(
     fields["context_lens"][:num_seqs] = start_array + count_array
     fields["seq_rows"][:] = dummy
     fields["seq_rows"][:num_seqs] = row_array
-    fields["block_tables"].reshape(-1, layout.blocks_per_seq)[:num_seqs] = block_tables[row_array]
+    fields["block_tables"].reshape(layout.bucket.num_seqs, -1)[:num_seqs] = block_tables[row_array]
 
     num_decodes = num_singles if has_decode_tiles else 0
     fields["num_decodes"][0] = num_decodes
@@ -381,24 +397,27 @@ def unpack(
     positions, token_seqs = field["positions"], field["token_seqs"]
     is_padding = token_seqs >= bucket.num_seqs
     seqs = jnp.where(is_padding, 0, token_seqs)
-    block_tables = field["block_tables"].reshape(bucket.num_seqs, layout.blocks_per_seq)
-    blocks = block_tables[seqs, positions // block_size]
-    slot_mapping = jnp.where(is_padding, 0, blocks * block_size + positions % block_size)
+    block_tables = field["block_tables"].reshape(bucket.num_seqs, layout.blocks_per_seq, layout.num_groups)
     sampled = history[field["seq_rows"][seqs], positions]
     token_ids = jnp.where(field["is_on_device"] != 0, sampled, field["token_ids"])
-    attention = AttentionMetadata(
-        block_tables=block_tables,
-        context_lens=field["context_lens"],
-        query_starts=field["query_starts"],
-        slot_mapping=slot_mapping,
-        num_decodes=field["num_decodes"][0],
-        tile_sequences=field["tile_sequences"],
-        tile_starts=field["tile_starts"],
-        tile_lens=field["tile_lens"],
-        num_tiles=field["num_tiles"][0],
-        tile_size=layout.attending.tile_size,
-        key_chunk_tokens=layout.attending.key_chunk_tokens,
-    )
+
+    def attention_of(group: int) -> AttentionMetadata:
+        blocks = block_tables[seqs, positions // block_size, group]
+        return AttentionMetadata(
+            block_tables=block_tables[:, :, group],
+            context_lens=field["context_lens"],
+            query_starts=field["query_starts"],
+            slot_mapping=jnp.where(is_padding, 0, blocks * block_size + positions % block_size),
+            num_decodes=field["num_decodes"][0],
+            tile_sequences=field["tile_sequences"],
+            tile_starts=field["tile_starts"],
+            tile_lens=field["tile_lens"],
+            num_tiles=field["num_tiles"][0],
+            tile_size=layout.attending.tile_size,
+            key_chunk_tokens=layout.attending.key_chunk_tokens,
+        )
+
+    attention = GroupedMetadata(tuple(map(attention_of, range(layout.num_groups))), layout.groups.places)
     return InputBatch(token_ids, positions, attention, field["logit_tokens"])
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxpaged.config import GIB, EngineConfig
+from jaxpaged.core.table_layout import TableLayout
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.layer_groups import LayerGroups
 
 CPU_KV_BYTES = 4 * GIB
 """On a CPU the KV cache shares the memory with everything else: it takes no more than this unless asked to."""
@@ -39,7 +41,10 @@ class MemoryPlan:
     """A bound on what one step needs besides weights and cache: hidden states, MLP, logits."""
     sampler_bytes: int
     block_bytes: int
-    """One block in all layers, on one device."""
+    """One block in all layers of a group, on one device."""
+    groups: LayerGroups
+    blocks_per_sequence: int
+    """Most blocks that one sequence of `max_model_len` tokens holds."""
     num_device_blocks: int
     num_host_blocks: int
     block_size: int
@@ -64,6 +69,9 @@ class MemoryPlan:
             size = f"{self.device_bytes / mib:,.0f} MiB"
             usable = f"{self.device_bytes * self.device_memory_fraction / mib:,.0f} MiB"
         devices = self.device_kind if self.num_devices == 1 else f"{self.num_devices} x {self.device_kind}, each"
+        capacity = f"{blocks * self.block_size:,} tokens"
+        if self.groups.windows != (None,):
+            capacity = f"{blocks // self.blocks_per_sequence:,} sequences of the greatest length"
         rows = (
             ("device", f"{devices}, {size}"),
             ("usable", usable),
@@ -73,13 +81,27 @@ class MemoryPlan:
             (
                 "KV cache",
                 f"{self.kv_bytes / mib:,.1f} MiB: {blocks:,} blocks of {self.block_size} tokens ({self.block_bytes:,} "
-                f"bytes each) and the null block, {blocks * self.block_size:,} tokens; limited by {self.limited_by}",
+                f"bytes each) and the null block, {capacity}; limited by {self.limited_by}",
             ),
             ("host blocks for swapping", f"{self.num_host_blocks - 1:,} ({self.host_bytes / mib:,.1f} MiB)"),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
+            *self._window_rows(),
         )
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _window_rows(self) -> list[tuple[str, str]]:
+        """How layers with windows share the blocks; nothing where none has one."""
+        windows = self.groups.windows
+        if windows == (None,):
+            return []
+        counts = {window: windows.count(window) for window in windows}
+        parts = [
+            f"{count} {'without a window' if window is None else f'with a window of {window:,} tokens'}"
+            for window, count in counts.items()
+        ]
+        kinds = f"groups of {self.groups.size} layers: {', '.join(parts)}"
+        return [("layer groups", f"{kinds}; {self.blocks_per_sequence:,} blocks a longest sequence")]
 
 
 def available_host_bytes() -> int:
@@ -121,6 +143,7 @@ def plan_memory(
     device: Device,
     weight_bytes: int,
     layer_block_bytes: int,
+    groups: LayerGroups,
     sampler_bytes: int,
     itemsize: int,
     max_model_len: int,
@@ -142,8 +165,9 @@ def plan_memory(
         model_config, num_tokens=num_tokens, num_logits=num_logits, itemsize=itemsize, num_devices=num_devices
     )
     besides = weight_bytes + activations + sampler_bytes
-    block_bytes = layer_block_bytes * model_config.num_layers
-    per_sequence = -(-max_model_len // engine_config.block_size)
+    block_bytes = layer_block_bytes * groups.size
+    tables = TableLayout(engine_config.block_size, groups.windows)
+    per_sequence = tables.most_blocks(max_model_len, engine_config.max_num_batched_tokens)
     num_device_blocks, limited_by = _num_device_blocks(
         engine_config, device, total, besides, block_bytes, max_model_len, per_sequence
     )
@@ -158,6 +182,8 @@ def plan_memory(
         activation_bytes=activations,
         sampler_bytes=sampler_bytes,
         block_bytes=block_bytes,
+        groups=groups,
+        blocks_per_sequence=per_sequence,
         num_device_blocks=num_device_blocks,
         num_host_blocks=_num_host_blocks(
             engine_config, num_device_blocks, block_bytes * num_devices, in_host_memory

@@ -22,7 +22,7 @@ from jaxpaged.core.scheduler_output import (
 from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.input_batch import BuiltBatch, PackedLayout, RowTables, build
+from jaxpaged.runner.input_batch import BuiltBatch, build
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.parallel import empty_cache, parallel_over
 from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row
@@ -110,33 +110,30 @@ class ModelRunner:
     ) -> None:
         self.shapes = shapes
         self._vocab_size = model_config.vocab_size
-        self._num_layers = model_config.num_layers
         self._num_blocks = plan.num_device_blocks
         self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
         self._block_size = engine_config.block_size
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
         self._leaves: tuple[jax.Array, ...] = tuple(leaves)
-        self._parallel = None if mesh is None else parallel_over(mesh, model, shapes.layout, self._num_layers)
+        self._parallel = None if mesh is None else parallel_over(mesh, model, shapes.layout, shapes.groups.size)
         self._everywhere = SingleDeviceSharding(next(iter(leaves[0].devices()))) if mesh is None else whole(mesh)
         self._kv: Any = self._init_kv()
         self._state: SamplerState = self._init_state()
-        self._tables = RowTables(shapes.num_rows, shapes.blocks_per_seq)
+        self._tables = shapes.row_tables()
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
         self._step, self._sample = jitted(
             graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs, self._parallel
         )
-        self._layouts = {
-            bucket: PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending) for bucket in shapes.buckets.all
-        }
+        self._layouts = {bucket: shapes.packed_layout(bucket) for bucket in shapes.buckets.all}
         self._warm: set[Bucket] = set()
         self._warm_samplers: set[int] = set()
 
     def _init_kv(self) -> Any:
         """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
         if self._parallel is None:
-            kv = tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self._num_layers))
+            kv = tuple(self.shapes.layout.init(self._num_blocks) for _ in range(self.shapes.groups.size))
             return jax.device_put(kv, self._everywhere)
         return empty_cache(self._parallel, self.shapes.layout, self._num_blocks)
 
@@ -149,7 +146,7 @@ class ModelRunner:
         """Start from an empty cache and state, after a step failed and took the donated arrays with it."""
         self._kv = self._init_kv()
         self._state = self._init_state()
-        self._tables = RowTables(self.shapes.num_rows, self.shapes.blocks_per_seq)
+        self._tables = self.shapes.row_tables()
 
     def swap(self, plan: SchedulerOutput) -> None:
         """Carry out the plan's swaps. Raises `SwapError` with the cache as it was."""
@@ -251,7 +248,7 @@ class ModelRunner:
         """A step of the bucket's size whose sequences have null tables: an ordinary case, like padding."""
         layout = self._layouts[bucket]
         num_seqs = max(min(bucket.num_seqs, bucket.num_tokens, bucket.num_logits), 1)
-        tables = RowTables(self.shapes.num_rows, self.shapes.blocks_per_seq)
+        tables = self.shapes.row_tables()
         lengths = [1] * num_seqs
         lengths[-1] += min(bucket.num_tokens - num_seqs, self.shapes.max_model_len - 1)
         scheduled = []
@@ -261,7 +258,7 @@ class ModelRunner:
                 request_id="", prompt_token_ids=(0,) * length, params=params, max_tokens=1
             )
             sequence = Sequence(0, request, 0, [0] * length)
-            sequence.block_ids = [0] * self.shapes.blocks_per_seq
+            sequence.block_ids = [0] * tables.block_tables.shape[1]
             sequence.row = tables.num_rows
             tables.claim(tables.num_rows, sequence)
             scheduled.append(ScheduledSequence(sequence, 0, length, 1))

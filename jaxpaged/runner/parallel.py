@@ -23,20 +23,20 @@ class Parallel:
     """Of the weights."""
     layer_cache: Any
     """Of one layer's KV cache: a spec for each of its leaves, in their tree."""
-    num_layers: int
+    num_caches: int
 
     @property
     def kv(self) -> Any:
-        return (self.layer_cache,) * self.num_layers
+        return (self.layer_cache,) * self.num_caches
 
 
-def parallel_over(mesh: Mesh, model: nnx.Module, layout: KVLayout, num_layers: int) -> Parallel:
+def parallel_over(mesh: Mesh, model: nnx.Module, layout: KVLayout, num_caches: int) -> Parallel:
     """How `model`, abstract or filled, and caches of `layout`, which is one device's, lie on the mesh."""
     layer_cache = jax.tree.map(
         lambda leaf, axis: cut_dimension(len(leaf.shape), axis), layout.shapes(1), layout.head_axes
     )
     leaves = tuple(spec_of(axes) for axes in parameter_axes(model).values())
-    return Parallel(mesh, leaves, layer_cache, num_layers)
+    return Parallel(mesh, leaves, layer_cache, num_caches)
 
 
 def parameter_shapes(mesh: Mesh, model: nnx.Module, num_kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,7 +49,7 @@ def parameter_shapes(mesh: Mesh, model: nnx.Module, num_kv_heads: int) -> dict[s
 
 
 def cache_shapes(parallel: Parallel, layout: KVLayout, num_blocks: int) -> Any:
-    """Caches of all layers and devices, as jax.ShapeDtypeStruct with shardings."""
+    """All caches of all devices, as jax.ShapeDtypeStruct with shardings."""
 
     def joined(leaf: jax.ShapeDtypeStruct, axis: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         shape = list(leaf.shape)
@@ -57,7 +57,7 @@ def cache_shapes(parallel: Parallel, layout: KVLayout, num_blocks: int) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=NamedSharding(parallel.mesh, spec))
 
     layer = jax.tree.map(joined, layout.shapes(num_blocks), layout.head_axes, parallel.layer_cache)
-    return (layer,) * parallel.num_layers
+    return (layer,) * parallel.num_caches
 
 
 def empty_cache(parallel: Parallel, layout: KVLayout, num_blocks: int) -> Any:

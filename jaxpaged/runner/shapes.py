@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.core.table_layout import TableLayout
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.runner.buckets import Buckets, make_buckets
-from jaxpaged.runner.input_batch import Attending
+from jaxpaged.models.layer_groups import LayerGroups, group_layers
+from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
+from jaxpaged.runner.input_batch import Attending, PackedLayout, RowTables
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
 from jaxpaged.sharding import HeadCounts, cut_heads
@@ -38,9 +40,17 @@ class RunnerShapes:
     attending: Attending
     layout: KVLayout
     """Of one layer's cache on one device."""
+    groups: LayerGroups
     max_model_len: int
     blocks_per_seq: int
+    """Columns of a block table; each has a block for every layer group."""
     num_rows: int
+
+    def packed_layout(self, bucket: Bucket) -> PackedLayout:
+        return PackedLayout(bucket, self.blocks_per_seq, self.attending, self.groups)
+
+    def row_tables(self) -> RowTables:
+        return RowTables(self.num_rows, self.blocks_per_seq, len(self.groups.windows))
 
 
 def cache_dtype(engine_config: EngineConfig, dtype: str) -> str:
@@ -82,9 +92,22 @@ def resolve_shapes(engine_config: EngineConfig, model_config: ModelConfig, dtype
         ),
         attending=_attending(layout, heads.num_q_heads // heads.num_kv_heads, is_invariant),
         layout=layout,
+        groups=_layer_groups(engine_config, model_config, max_model_len),
         max_model_len=max_model_len,
         blocks_per_seq=-(-max_model_len // engine_config.block_size),
         num_rows=engine_config.max_num_seqs,
+    )
+
+
+def _layer_groups(engine_config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> LayerGroups:
+    """A window that no sequence outgrows is none."""
+    windows = [
+        None if window is None or window >= max_model_len else window
+        for window in model_config.windows or [None] * model_config.num_layers
+    ]
+    layout = TableLayout(engine_config.block_size)
+    return group_layers(
+        windows, lambda window: layout.most_columns(window, max_model_len, engine_config.max_num_batched_tokens)
     )
 
 
@@ -153,6 +176,7 @@ def memory_plan(
         device=jax.devices()[0],
         weight_bytes=weight_bytes,
         layer_block_bytes=shapes.layout.block_bytes,
+        groups=shapes.groups,
         sampler_bytes=state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size),
         itemsize=jnp.dtype(dtype).itemsize,
         max_model_len=shapes.max_model_len,

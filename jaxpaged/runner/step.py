@@ -99,16 +99,16 @@ def abstract_step(
     model = build_abstract(model_config, max_model_len=shapes.max_model_len)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
-    layout = PackedLayout(bucket, shapes.blocks_per_seq, shapes.attending)
+    layout = shapes.packed_layout(bucket)
     attention = partial(paged_attention, implementation=engine_config.attention_implementation)
     everywhere = None
     weights: Sequence[jax.ShapeDtypeStruct] = leaves
-    kv: Any = tuple(shapes.layout.shapes(num_blocks) for _ in range(model_config.num_layers))
+    kv: Any = tuple(shapes.layout.shapes(num_blocks) for _ in range(shapes.groups.size))
     parallel = None
     if mesh is not None:
         everywhere = whole(mesh)
         weights = tuple(parameter_shapes(mesh, model, model_config.num_kv_heads).values())
-        parallel = parallel_over(mesh, model, shapes.layout, model_config.num_layers)
+        parallel = parallel_over(mesh, model, shapes.layout, shapes.groups.size)
         kv = cache_shapes(parallel, shapes.layout, num_blocks)
 
     # the state goes as its leaves: its annotations want arrays, and here there are shapes only

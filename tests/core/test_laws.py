@@ -55,7 +55,8 @@ def run_random_load(rng, preemption, num_ahead, windows):
     num_columns = rng.choice([10, 13, 17])
     loop = make_loop(
         num_device_blocks=1 + sum(num_columns if window is None else num_columns // 2 + 1 for window in windows),
-        num_host_blocks=rng.choice([0, 6, 40]) * len(windows), preemption=preemption, windows=windows, num_ahead=num_ahead, enable_prefix_caching=rng.random() < 0.7, enable_chunked_prefill=is_chunked,
+        num_host_blocks=rng.choice([0, 6, 40]) * len(windows), preemption=preemption, windows=windows,
+        num_ahead=num_ahead, enable_prefix_caching=rng.random() < 0.7, enable_chunked_prefill=is_chunked,
         max_num_batched_tokens=rng.choice([3, 9, 30]) if is_chunked else 40, max_num_logits=rng.choice([4, 40]),
         order=rng.choice([first_come_first_served, by_priority]),
         costs=PreemptionCosts(seconds_per_block_copy=1.0 / len(windows), seconds_per_prefill_token=0.5),
@@ -126,7 +127,8 @@ class HostWing(RuleBasedStateMachine):
         preemption=st.sampled_from(["swap", "recompute", "auto"]), num_ahead=st.integers(0, 1),
         enable_prefix_caching=st.booleans(), enable_chunked_prefill=st.booleans(),
         max_num_batched_tokens=st.integers(1, 20), max_num_logits=st.integers(1, 20),
-        windows=st.sampled_from(WINDOWS), max_num_seqs=st.integers(1, MAX_NUM_SEQS), order=st.sampled_from([first_come_first_served, by_priority]),
+        windows=st.sampled_from(WINDOWS), max_num_seqs=st.integers(1, MAX_NUM_SEQS),
+        order=st.sampled_from([first_come_first_served, by_priority]),
     )
     def start(self, num_device_blocks, windows, max_num_batched_tokens, enable_chunked_prefill, **options):
         self.loop = make_loop(

@@ -140,7 +140,7 @@ def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatc
         check_copies(17, targets=[c.target for c in plan.swap_in])
         if built is not None:
             history = runner._state.history
-            attention = unpack(jnp.asarray(built.packed), history, built.layout, block_size).attention
+            attention = unpack(jnp.asarray(built.packed), history, built.layout, block_size).attention.groups[0]
             check_metadata(attention, num_blocks=17, block_size=block_size)
             seen.append((len(plan.copies), len(plan.swap_in)))
         return dispatch(plan, built)

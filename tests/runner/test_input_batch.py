@@ -62,7 +62,7 @@ def test_a_mixed_step_worked_by_hand():
     history[1, 2] = 77  # what the step before sampled for the second sequence
     batch = unpack(jnp.asarray(built.packed), jnp.asarray(history), LAYOUT, 4)
     assert batch.token_ids[:8].tolist() == [9, 77, 53, 54, 55, 56, 57, 58]
-    slots = batch.attention.slot_mapping.tolist()
+    slots = batch.attention.groups[0].slot_mapping.tolist()
     assert slots[:8] == [5 * 4 + 2, 6 * 4 + 2, 3 * 4 + 3, 1 * 4, 1 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3, 2 * 4]
     assert slots[8:] == [0] * 8  # padding goes to the null block
 

@@ -6,6 +6,7 @@ import pytest
 from harness import TINY
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.models.layer_groups import LayerGroups
 from jaxpaged.runner import kv_cache
 from jaxpaged.runner.kv_cache import activation_bytes, plan_memory
 
@@ -16,11 +17,15 @@ SILENT = SimpleNamespace(platform="gpu", device_kind="Silent", memory_stats=lamb
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu", memory_stats=lambda: None)
 
 
-def plan(*, device=DEVICE, **changes):
+ONE_GROUP = LayerGroups((None,), 2)
+
+
+def plan(*, device=DEVICE, groups=ONE_GROUP, **changes):
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "host_memory_bytes": 10 * 2 * 1000} | changes
     weight_bytes = options.pop("weight_bytes", 0)
     return plan_memory(
         EngineConfig(**options), TINY, device=device, weight_bytes=weight_bytes, layer_block_bytes=1000,
+        groups=groups,
         sampler_bytes=100, itemsize=4, max_model_len=128, num_tokens=32, num_logits=32,
     )
 
