@@ -230,8 +230,10 @@ class BlockManager:
             table = sequence.block_ids
             num_blocks = -(-(start + num_new_tokens) // size) * num_groups - len(table)
             place = start // size * num_groups
-            if place < len(table) and self._pool(sequence).reference_counts[table[place]] > 1:
-                num_blocks += num_groups
+            if place < len(table):
+                pool = self.host if sequence.status is SequenceStatus.SWAPPED else self.device
+                if pool.reference_counts[table[place]] > 1:
+                    num_blocks += num_groups
             return num_blocks
         num_blocks = 0
         copied: Counter[int] = Counter()

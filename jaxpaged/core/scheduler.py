@@ -161,6 +161,7 @@ class Scheduler:
 
     def _schedule_running(self, step: StepPlan) -> None:
         manager, running = self.block_manager, self._running
+        has_windows = manager.has_windows
         index = 0
         while index < len(running) and step.num_tokens_left:
             group = running[index]
@@ -168,12 +169,12 @@ class Scheduler:
             items = self._plan_group(group, step)
             if not items:
                 continue
-            if manager.has_windows:
+            if has_windows:
                 for item in items:
                     manager.leave(item.sequence, item.start)
             # everything behind `index` is not scheduled yet in this step: the last of them gives way first
             num_blocks = manager.num_blocks_to_append(items)
-            while num_blocks > manager.num_free_blocks:
+            while num_blocks and num_blocks > manager.num_free_blocks:
                 victim = running.pop_last()
                 self._preempt(victim, step)
                 if victim is group:

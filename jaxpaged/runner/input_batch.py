@@ -239,6 +239,7 @@ def build(
     has_decode_tiles = layout.attending.has_decode_tiles
     order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_new_tokens > 1)
     block_tables, num_groups = tables.block_tables, layout.num_groups
+    has_one_group = num_groups == 1
     token_ids, is_on_device = fields["token_ids"], fields["is_on_device"]
 
     seq_rows: list[int] = []
@@ -257,7 +258,7 @@ def build(
         first = start // block_size
         ids = sequence.block_ids
         last = (start + count - 1) // block_size
-        if first == last and num_groups == 1:
+        if has_one_group and first == last:
             block_tables[row, first] = ids[first]
         else:
             columns = slice(first * num_groups, (last + 1) * num_groups)
