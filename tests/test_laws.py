@@ -157,15 +157,15 @@ def poison(engine) -> None:
     owned = set()
     for live in engine._live.values():
         for sequence in live.group.sequences:
-            owned.update(sequence.block_ids)
-    spare = jnp.array([b for b in range(engine.memory_plan.num_device_blocks) if b not in owned], jnp.int32)
+            owned.update(set(sequence.block_ids) - {0})
+    is_spare = jnp.array([block not in owned for block in range(engine.memory_plan.num_device_blocks)])
 
     def fill(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             value = jnp.array(np.nan, leaf.dtype)
         else:  # of a quantized cache, whose bytes are never NaN, the largest
             value = leaf.dtype.type(0x7E if leaf.dtype.itemsize == 1 else 0x7FC1)
-        return leaf.at[spare].set(value)
+        return jnp.where(is_spare.reshape(-1, *[1] * (leaf.ndim - 1)), value, leaf)
 
     engine.runner._kv = jax.tree.map(fill, engine.runner._kv)
 
