@@ -16,6 +16,14 @@ def test_the_worst_case_counts_full_prompt_blocks_once_and_never_the_last_token(
     assert num_worst_case_blocks(make_request("r", range(9), max_tokens=1000), LIMITS, LAYOUT) == 8  # 31 tokens
 
 
+def test_the_worst_case_of_a_window_is_a_window_and_a_step_for_each_sample():
+    # steps of 5: a window of 4 and a step touch 8 tokens, 3 columns at most; 9 + 8 - 1 = 16 tokens are 4 columns
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=5, max_model_len=32, max_num_logits=8)
+    request = make_request("r", range(9), max_tokens=8, n=3)
+    assert num_worst_case_blocks(request, limits, TableLayout(4, (4,))) == 3 * 3
+    assert num_worst_case_blocks(request, limits, TableLayout(4, (4, None))) == 3 * 3 + 2 + 3 * 2
+
+
 @pytest.mark.parametrize(
     ("prompt_len", "options", "words"),
     [

@@ -178,6 +178,84 @@ def test_a_full_host_pool_swaps_nothing():
     manager.check([group])
 
 
+def test_blocks_before_a_window_are_let_go_and_found_until_they_are_taken():
+    manager = make_manager(num_device_blocks=9, windows=(None, 5))
+    sequence = running(0, range(12))
+    compute(manager, sequence, 12)
+    assert sequence.block_ids == [1, 2, 3, 4, 5, 6]  # three columns of two blocks
+    manager.leave(sequence, 11)  # it sees 7 to 11
+    assert sequence.block_ids == [1, 0, 3, 4, 5, 6]
+    manager.leave(sequence, 12)  # it sees 8 to 12
+    assert sequence.block_ids == [1, 0, 3, 0, 5, 6]
+    manager.leave(sequence, 12)
+    group = SequenceGroup(sequence.request, [sequence])
+    manager.check([group])
+    assert (manager.num_distinct_blocks(group), manager.num_free_blocks) == (4, 4)
+    # committed as they were let go; 9 to 12 are known too, and were not
+    assert manager.match(running(1, range(8))) == [1, 2]
+    manager.commit(sequence, 12)
+    # a table of 12 tokens sees 8 to 12 next, one of 8 tokens 4 to 8
+    assert manager.match(running(2, range(13))) == [1, 0, 3, 0, 5, 6]
+    assert manager.match(running(3, [*range(8), 99, 99])) == [1, 0, 3, 4]
+    other = running(4, [50] * 9)
+    compute(manager, other, 4)  # the two that were never used
+    compute(manager, other, 4)  # 2 and 4
+    assert other.block_ids[2:] == [2, 4]
+    assert manager.match(running(3, [*range(8), 99, 99])) == []  # nor of 4 tokens, whose window is gone too
+
+
+def test_a_match_is_the_longest_whose_windows_are_all_there():
+    manager = make_manager(num_device_blocks=20, windows=(5,))
+    sequence = running(0, range(16))
+    compute(manager, sequence, 16)
+    manager.commit(sequence, 16)
+    assert manager.match(running(1, range(17))) == [0, 0, 0, 4]
+    manager.prefix_cache.forget(4)
+    assert manager.match(running(1, range(17))) == [0, 0, 3]
+    manager.prefix_cache.forget(2)
+    assert manager.match(running(1, range(17))) == [0, 0, 3]
+    manager.prefix_cache.forget(3)
+    assert manager.match(running(1, range(17))) == [1]
+    assert manager.match(running(1, range(17)), 0) == []
+
+
+def test_a_shared_column_is_copied_in_every_group():
+    manager = make_manager(num_device_blocks=20, windows=(5, None))
+    parent, child = running(0, range(10)), running(1, range(10))
+    compute(manager, parent, 10)
+    manager.leave(parent, 10)
+    assert parent.block_ids == [0, 2, 3, 4, 5, 6]
+    manager.fork(parent, child)
+    child.num_computed_tokens = 10
+    both = [ScheduledSequence(parent, 10, 1, 1), ScheduledSequence(child, 10, 1, 1)]
+    assert manager.num_blocks_to_append(both) == 2
+    copies = compute(manager, parent, 1)
+    assert [copy.source for copy in copies] == [5, 6]
+    assert parent.block_ids[4:] == [copy.target for copy in copies]
+    assert compute(manager, child, 1) == []
+    group = SequenceGroup(parent.request, [parent, child])
+    manager.check([group])
+    copies = manager.swap_out(group)
+    assert [copy.source for copy in copies] == [2, 3, 4, 7, 8, 5, 6]  # what is held, a shared block once
+    parent.status = child.status = SequenceStatus.SWAPPED
+    manager.check([group])
+    assert manager.num_blocks_to_swap_in(group) == 7
+    manager.swap_in(group)
+    parent.status = child.status = SequenceStatus.RUNNING
+    manager.check([group])
+    assert [parent.block_ids[0], child.block_ids[0]] == [0, 0]
+    assert parent.block_ids[1:4] == child.block_ids[1:4]
+
+
+def test_what_a_table_takes_to_start_is_bounded_by_its_windows():
+    manager = make_manager(num_device_blocks=40, windows=(5, None))
+    # 40 tokens, 10 columns; a window of 5 and steps of 3 touch 3 columns
+    assert manager.num_blocks_to_start([], 40, 3) == 3 + 10
+    # two free columns that were found count as much as new ones, what was let go does not
+    assert manager.num_blocks_to_start([0, 2, 3, 4], 40, 3) == 3 + 10
+    assert manager.num_blocks_to_start([0, 2, 3, 4], 8, 3) == 1 + 2
+
+
 @pytest.mark.parametrize("options", [{"num_device_blocks": 1}, {"num_host_blocks": -1}])
 def test_impossible_sizes_are_refused(options):
     with pytest.raises(ValueError, match="must be"):

@@ -102,3 +102,16 @@ def test_the_table_names_every_part():
     table = plan().table()
     for part in ("weights", "KV cache", "activations", "host blocks", "limited by need"):
         assert part in table
+
+
+def test_layers_with_windows_need_what_a_window_and_a_step_take():
+    # 128 tokens are 8 columns of 16; a window of 20 and a step of 32 touch 51 tokens, 5 columns at most
+    made = plan(groups=LayerGroups((None, 20), 1, ((0, 0), (1, 0))))
+    assert made.block_bytes == 1000  # one layer
+    assert made.blocks_per_sequence == 8 + 5
+    assert made.num_device_blocks == 4 * 13 + 1
+    assert "52 blocks of 16 tokens (1,000 bytes each) and the null block, 4 sequences of the greatest length" in (
+        made.table()
+    )
+    assert "groups of 1 layers: 1 without a window, 1 with a window of 20 tokens; 13 blocks a longest" in made.table()
+    assert "layer groups" not in plan().table()
