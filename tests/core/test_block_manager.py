@@ -191,6 +191,8 @@ def test_blocks_before_a_window_are_let_go_and_found_until_they_are_taken():
     group = SequenceGroup(sequence.request, [sequence])
     manager.check([group])
     assert (manager.num_distinct_blocks(group), manager.num_free_blocks) == (4, 4)
+    assert manager.can_share_prefix(sequence, 3)
+    assert not manager.can_share_prefix(sequence, 2)  # token 8 sees 4 to 8
     # committed as they were let go; 9 to 12 are known too, and were not
     assert manager.match(running(1, range(8))) == [1, 2]
     manager.commit(sequence, 12)
