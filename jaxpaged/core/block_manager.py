@@ -6,7 +6,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
 from jaxpaged.core.block_pool import BlockPool
-from jaxpaged.core.prefix_cache import PrefixCache, chain_key, group_key, root_key
+from jaxpaged.core.prefix_cache import PrefixCache, chain_key, group_key, longest_match, root_key
 from jaxpaged.core.request import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.core.scheduler_output import BlockCopy, ScheduledSequence
 from jaxpaged.core.table_layout import TableLayout
@@ -124,44 +124,7 @@ class BlockManager:
             return []
         limit = (len(sequence.token_ids) - 1) // self.block_size
         limit = limit if most_columns is None else min(limit, most_columns)
-        keys = self._keys(sequence, limit)[:limit]
-        if not self.has_windows and self.num_groups == 1:
-            blocks = []
-            for key in keys:
-                block = self.prefix_cache.find(key)
-                if block is None:
-                    break
-                blocks.append(block)
-            return blocks
-        return self._match_groups(keys)
-
-    def _match_groups(self, keys: ListLike[bytes]) -> list[int]:
-        find, layout = self.prefix_cache.find, self.layout
-        full_groups = [group for group, window in enumerate(layout.windows) if window is None]
-        num_columns = len(keys)
-        for column, key in enumerate(keys if full_groups else ()):
-            if any(find(group_key(key, group)) is None for group in full_groups):
-                num_columns = column
-                break
-        column = num_columns - 1
-        while column >= 0:
-            # the windows of a match of `num_columns` must be there; whatever is longer than a gap needs the gap too
-            next_token = num_columns * self.block_size
-            seen = [group for group, window in layout.windowed if layout.first_column(window, next_token) <= column]
-            if not seen:
-                break
-            if any(find(group_key(keys[column], group)) is None for group in seen):
-                num_columns = column
-            column -= 1
-        firsts = [
-            0 if window is None else layout.first_column(window, num_columns * self.block_size)
-            for window in layout.windows
-        ]
-        return [
-            (find(group_key(keys[column], group)) or 0) if column >= first else 0
-            for column in range(num_columns)
-            for group, first in enumerate(firsts)
-        ]
+        return longest_match(self.prefix_cache, self.layout, self._keys(sequence, limit)[:limit])
 
     def block_keys(self, sequence: Sequence, first: int, last: int) -> list[bytes]:
         """Chain keys of the known full columns among [first, last); empty without a prefix cache."""
@@ -180,10 +143,10 @@ class BlockManager:
             return
         keys, table, num_groups = self._keys(sequence, num_full), sequence.block_ids, self.num_groups
         for column in range(chain.num_committed, num_full):
-            for group in range(num_groups):
-                block = table[column * num_groups + group]
-                if block:
-                    self.prefix_cache.insert(group_key(keys[column], group), block)
+            for place in range(column * num_groups, (column + 1) * num_groups):
+                if table[place]:
+                    key = keys[column] if num_groups == 1 else group_key(keys[column], place % num_groups)
+                    self.prefix_cache.insert(key, table[place])
         chain.num_committed = num_full
 
     def discard(self, sequence: Sequence) -> None:

@@ -4,6 +4,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence as TokenSequence
 
+from jaxpaged.core.table_layout import TableLayout
+
 
 def root_key(cache_salt: str) -> bytes:
     """The key before a sequence's first block; prompts of different salts share nothing."""
@@ -70,3 +72,39 @@ class PrefixCache:
         """Raise RuntimeError unless both directions agree."""
         if self._blocks != {key: block for block, key in self._keys.items()}:
             raise RuntimeError("the prefix cache's keys and blocks do not mirror each other")
+
+
+def longest_match(cache: PrefixCache, layout: TableLayout, keys: TokenSequence[bytes]) -> list[int]:
+    """The beginning of a table (`TableLayout`) whose columns have these chain keys, of known blocks: the longest.
+
+    Groups with a window need only what the next token sees of it; before that they have null blocks.
+    """
+    if layout.windows == (None,):  # the same as below, in a seventh of its time
+        blocks: list[int] = []
+        for key in keys:
+            block = cache.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+    num_columns = len(keys)
+    full_groups = [group for group, window in enumerate(layout.windows) if window is None]
+    for column, key in enumerate(keys if full_groups else ()):
+        if any(cache.find(group_key(key, group)) is None for group in full_groups):
+            num_columns = column
+            break
+    for column in range(num_columns - 1, -1, -1):
+        # a gap that the windows of a match reach into is a gap for every match that is longer than it
+        next_token = num_columns * layout.block_size
+        seen = [group for group, window in layout.windowed if layout.first_column(window, next_token) <= column]
+        if not seen:
+            break
+        if any(cache.find(group_key(keys[column], group)) is None for group in seen):
+            num_columns = column
+    next_token = num_columns * layout.block_size
+    firsts = [0 if window is None else layout.first_column(window, next_token) for window in layout.windows]
+    return [
+        (cache.find(group_key(key, group)) or 0) if column >= first else 0
+        for column, key in enumerate(keys[:num_columns])
+        for group, first in enumerate(firsts)
+    ]
