@@ -59,8 +59,6 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
-    windows: tuple[int | None, ...] | None = None
-    """Of each layer: tokens that a token sees, itself included, None for all; None where no layer has a window."""
     dtype: str
     """What the weights are kept as: float32 or bfloat16."""
     bos_token_id: int | None = None
