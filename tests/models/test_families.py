@@ -54,12 +54,14 @@ def test_the_recorded_logits_would_notice_a_fact_that_is_not_obeyed(tmp_path, ca
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_of_a_family_are_those_of_transformers_under_chunks_prefix_hits_and_swaps(tmp_path, case):
     config, model = load_huggingface(write_family(tmp_path, case), max_model_len=96)
-    # a request needs up to 9 blocks; chunks of 16 tokens cut the prompts, and their common 24 tokens are 3 blocks
-    engine = make_engine(
-        (model, config), num_device_blocks=15, max_num_batched_tokens=16, max_num_seqs=3, max_model_len=96
-    )
+    # chunks of 16 tokens cut the prompts, and their common 24 tokens are 3 blocks
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 3, "max_model_len": 96}
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
     first, *others = prompts()
+    longest = max(map(len, (first, *others))) + NUM_NEW_TOKENS
+    layout = make_engine((model, config), **options).scheduler.block_manager.layout
+    # the longest request fits, and no more: 9 blocks, fewer with windows, and the null block
+    engine = make_engine((model, config), num_device_blocks=1 + layout.most_blocks(longest, 16), **options)
     ids = [engine.add_request(first, params)]
     for _ in range(3):  # the first prompt is three chunks, whose blocks the second finds
         engine.step()
