@@ -43,6 +43,9 @@ REMEDIES = {
 }
 
 
+Params = SamplingParams | BeamSearchParams | Sequence[SamplingParams | BeamSearchParams] | None
+"""One for all prompts, one per prompt, or the checkpoint's defaults."""
+
 CALL_REMEDIES = {
     "lora_request": "not supported; leave it out",
     "prompt_token_ids": "give token ids as the prompts: generate([[1, 2, 3]])",
@@ -183,11 +186,11 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         **unknown: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, in their order.
@@ -255,13 +258,13 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         **unknown: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them, through the checkpoint's chat template.
@@ -290,9 +293,23 @@ class LLM:
         ]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
-        """Refused until beams live in the engine."""
-        raise ValueError("beam_search is not supported yet: use SamplingParams(n=...) for several samples of a prompt")
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Search the `beam_width` likeliest completions of each prompt: `outputs` are those, best first, with `score`.
+
+        As Hugging Face's `generate(num_beams=..., do_sample=False)`. Beams share the blocks of what they have in common
+        and copy one when they write to it (Kwon et al. 2023, section 4.4). `generate` takes such parameters, too,
+        beside others. Raises ValueError as `generate` does.
+        """
+        for one in params if isinstance(params, (list, tuple)) else [params]:
+            if not isinstance(one, BeamSearchParams):
+                raise ValueError(f"params={one!r} is no BeamSearchParams: give one for all prompts, or one per prompt")
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def warm_up(self, request_ids: Iterable[str] | None = None) -> None:
         """Compile the buckets that these requests can reach (every bucket if None), with a progress bar."""
@@ -304,11 +321,17 @@ class LLM:
         engine = self.engine
         buckets = engine.buckets_for(request_ids)
         with_sampler = engine.needs_sampler(request_ids)
-        cold = engine.runner.cold_buckets(buckets, with_sampler=with_sampler)
+        num_candidates = engine.num_candidates(request_ids)
+        cold = engine.runner.cold_buckets(buckets, with_sampler=with_sampler, num_candidates=num_candidates)
         with tqdm(
             total=len(cold), desc="Warming up", unit="bucket", disable=not (self._show_progress and cold), leave=False
         ) as bar:
-            engine.warm_up(cold, lambda bucket, seconds: bar.update() and None, with_sampler=with_sampler)
+            engine.warm_up(
+                cold,
+                lambda bucket, seconds: bar.update() and None,
+                with_sampler=with_sampler,
+                num_candidates=num_candidates,
+            )
         if engine.can_run_out_of_blocks(request_ids):
             engine.warm_up_preemption()
         self.last_warm_up_s = time.perf_counter() - started
@@ -356,18 +379,19 @@ class LLM:
             self._advance(stream)
 
     def _params_per_prompt(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
+        self, params: Params, count: int
+    ) -> list[SamplingParams | BeamSearchParams]:
         if params is None:
             params = self.get_default_sampling_params()
         many: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * count
         if len(many) != count:
             raise ValueError(f"params has {len(many)} entries for {count} prompts: give one for all, or one per prompt")
         for one in many:
-            if isinstance(one, BeamSearchParams):
-                raise ValueError("BeamSearchParams are not supported yet: use SamplingParams(n=...)")
-            if not isinstance(one, SamplingParams):
-                raise ValueError(f"params={one!r} is not a SamplingParams: give one for all prompts, or one per prompt")
+            if not isinstance(one, (SamplingParams, BeamSearchParams)):
+                raise ValueError(
+                    f"params={one!r} is no SamplingParams or BeamSearchParams: give one for all prompts, or one per "
+                    "prompt"
+                )
         return many
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:

@@ -248,7 +248,8 @@ class SamplingParams:
 @_naming_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """What a beam search asks for. Accepted as a value; running one is refused until beams live in the engine."""
+    """What a beam search asks for: the `beam_width` best hypotheses, as Hugging Face's `generate(num_beams=...)`
+    finds them."""
 
     beam_width: int
     max_tokens: int

@@ -34,20 +34,21 @@ class SchedulerLimits:
 
 
 def num_worst_case_blocks(request: Request, limits: SchedulerLimits, layout: TableLayout) -> int:
-    """Most blocks the request can ever hold alone: the full blocks of its prompt once, the rest once per sample.
+    """Most blocks the request can ever hold alone: the full blocks of its prompt once, the rest once per sequence.
 
-    Of layers with a window, what a window and a step take, once per sample.
+    Of layers with a window, what a window and a step take, once per sequence.
     """
     # the last token is never written: nothing comes after it
     num_tokens = min(request.num_prompt_tokens + request.max_tokens, limits.max_model_len) - 1
     num_common = request.num_prompt_tokens // layout.block_size
-    per_sample = layout.most_blocks(num_tokens, limits.max_num_batched_tokens, num_common)
-    return layout.num_full_groups * num_common + request.params.n * per_sample
+    per_sequence = layout.most_blocks(num_tokens, limits.max_num_batched_tokens, num_common)
+    return layout.num_full_groups * num_common + request.num_sequences * per_sequence
 
 
 def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int, layout: TableLayout) -> None:
     """Raise ValueError, with both numbers, for a request that could never end by itself."""
-    num_prompt, n = request.num_prompt_tokens, request.params.n
+    num_prompt, n = request.num_prompt_tokens, request.num_sequences
+    name, noun = ("n", "samples") if request.beams is None else ("beam_width", "beams")
     if num_prompt < 1 or request.max_tokens < 1:
         raise ValueError(f"{num_prompt} prompt tokens and max_tokens={request.max_tokens}: both must be 1 or more")
     if num_prompt >= limits.max_model_len:
@@ -56,9 +57,9 @@ def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int
             f"it must be shorter than that, to leave room for one token of output"
         )
     if n > limits.max_num_seqs:
-        raise ValueError(f"n={n} is above max_num_seqs={limits.max_num_seqs}: ask for fewer samples")
+        raise ValueError(f"{name}={n} is above max_num_seqs={limits.max_num_seqs}: ask for fewer {noun}")
     if n > limits.max_num_logits:
-        raise ValueError(f"n={n} is above max_num_logits={limits.max_num_logits}: ask for fewer samples")
+        raise ValueError(f"{name}={n} is above max_num_logits={limits.max_num_logits}: ask for fewer {noun}")
     if not limits.enable_chunked_prefill and request.params.prompt_logprobs is not None:
         num_rows = num_prompt - 1 + n
         if num_rows > limits.max_num_logits:
@@ -70,6 +71,6 @@ def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int
     if num_blocks > num_usable_blocks:
         raise ValueError(
             f"the request can grow to {num_blocks} blocks of {layout.block_size} tokens ({num_prompt} prompt tokens, "
-            f"max_tokens={request.max_tokens}, n={n}), but the pool has {num_usable_blocks}: "
-            f"shorten the prompt, lower max_tokens or n, or give more blocks"
+            f"max_tokens={request.max_tokens}, {name}={n}), but the pool has {num_usable_blocks}: "
+            f"shorten the prompt, lower max_tokens or {name}, or give more blocks"
         )

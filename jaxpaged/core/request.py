@@ -21,6 +21,20 @@ class FinishReason(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSettings:
+    """What a request asks of its beam search."""
+
+    width: int
+    """Hypotheses that live at once, and that are given back."""
+    length_penalty: float
+    """A finished hypothesis of n output tokens scores its cumulative log-probability / n ** length_penalty."""
+    early_stopping: bool
+    """Whether the search is over once `width` hypotheses are finished, or goes on while a live one might be better."""
+    num_candidates: int
+    """Continuations looked at in a step: enough that `width` live on, however many of them are stop tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """What was asked, with every default resolved: the scheduler needs no tokenizer and no model to read it."""
 
@@ -42,6 +56,13 @@ class Request:
     """Lower runs earlier, as in vLLM."""
     cache_salt: str = ""
     """Prompts share cached blocks only with prompts of the same salt."""
+    beams: BeamSettings | None = None
+    """Search with beams instead of sampling; `params.n` is then 1."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences it may have at once."""
+        return self.params.n if self.beams is None else self.beams.width
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -67,10 +88,15 @@ class Sequence:
     row: int | None = None
     """Index of this sequence's row in the runner's per-sequence device state; held while running."""
     num_preemptions: int = 0
-    """Also the epoch of its row: a runner that sees (sequence, num_preemptions) anew fills the row afresh."""
+    epoch: int = 0
+    """Of its row: a runner that sees (sequence, epoch) anew fills the row afresh."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it, if one did."""
+    cumulative_logprob: float | None = None
+    """Of an ended beam."""
+    score: float | None = None
+    """Of an ended beam: the former, length-penalised."""
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +123,8 @@ class SequenceGroup:
 
     request: Request
     sequences: list[Sequence]
-    """One until the prompt is computed, then `params.n` (forks of the first)."""
+    """One until the prompt is computed, then `params.n` (forks of the first), or as many beams as live, best first; at
+    the end of a beam search the hypotheses that it found."""
     is_forked: bool = False
     """The prompt was computed and the samples were forked (always true for n == 1 after its first token)."""
     num_cached_tokens: int = 0

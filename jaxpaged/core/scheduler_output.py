@@ -51,6 +51,16 @@ class TokenLogprobs(NamedTuple):
     """(token id, logprob), most likely first."""
 
 
+class Candidate(NamedTuple):
+    """A token that may continue a beam."""
+
+    token_id: int
+    score: float
+    """Its log-probability, with what the request adds to logits; -inf where it is banned."""
+    logprobs: TokenLogprobs | None
+    """Where the request asked for logprobs."""
+
+
 class SequenceOutput(NamedTuple):
     """What one ScheduledSequence gave."""
 
@@ -62,6 +72,8 @@ class SequenceOutput(NamedTuple):
     """(position of the prompt token, its entry) where asked for, else empty."""
     is_finite: bool
     """Whether every logit row of it was free of NaN and had a finite maximum."""
+    candidates: tuple[Candidate, ...] = ()
+    """Of a beam whose last token was scheduled, the likeliest continuations, best first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,13 @@ class PromptLogprobsEvent(NamedTuple):
     logprobs: TokenLogprobs
 
 
+class SearchEvent(NamedTuple):
+    group: SequenceGroup
+    """Whose sequences are now the hypotheses, best first, all finished."""
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+    """Of each hypothesis, one entry a token where the request asked for logprobs."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepEvents:
     """What a step's results brought, each list in the order it happened."""
@@ -28,6 +35,8 @@ class StepEvents:
     """Every prompt position once, also where the prompt was computed again."""
     finished: list[Sequence] = field(default_factory=list)
     """Sequences that ended, with their last token's event or (ERROR) without one."""
+    searches: list[SearchEvent] = field(default_factory=list)
+    """Beam searches that ended."""
 
 
 class SchedulerCounts(NamedTuple):

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,7 +16,8 @@ from jaxpaged.core.preemption import PreemptionCosts
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
 from jaxpaged.core.scheduler import Scheduler
 from jaxpaged.core.scheduler_output import SchedulerOutput, TokenLogprobs
-from jaxpaged.core.step_events import StepEvents, TokenEvent
+from jaxpaged.core.step_events import SearchEvent, StepEvents, TokenEvent
+from jaxpaged.engine.beams import beam_settings, find_stop_string, sampling_params_of
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxpaged.engine.prompts import Prompt, read_prompt
@@ -29,7 +31,7 @@ from jaxpaged.runner.model_runner import InFlight, ModelRunner
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.swap import SwapError
-from jaxpaged.sampling_params import MAX_BAD_WORDS, MAX_STOP_TOKENS, SamplingParams
+from jaxpaged.sampling_params import MAX_BAD_WORDS, MAX_STOP_TOKENS, BeamSearchParams, SamplingParams
 
 
 class EngineDeadError(RuntimeError):
@@ -97,6 +99,8 @@ class Engine:
             order=by_priority if engine_config.scheduling_policy == "priority" else first_come_first_served,
             clock=time.perf_counter,
         )
+        if tokenizer is not None:
+            self.scheduler.find_stop_string = partial(find_stop_string, tokenizer)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._seeds = random.Random(engine_config.seed)
         self._live: dict[str, _Live] = {}
@@ -112,7 +116,7 @@ class Engine:
     def add_request(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -123,6 +127,8 @@ class Engine:
         Args:
             is_streamed: Whether every step publishes what is new, or only the end is.
         """
+        if is_streamed and isinstance(params, BeamSearchParams):
+            raise ValueError("a beam search has no text before its end: do not stream it")
         content = read_prompt(prompt)
         token_ids = self._tokenize(content.text or "") if content.token_ids is None else content.token_ids
         self._check_prompt(token_ids)
@@ -167,20 +173,21 @@ class Engine:
                 raise ValueError(f"prompt token id {shown} is not from 0 to {vocab_size - 1}")
 
     def _resolve(
-        self, token_ids: tuple[int, ...], params: SamplingParams, request_id: str, index: int, priority: int,
-        cache_salt: str,
+        self, token_ids: tuple[int, ...], asked: SamplingParams | BeamSearchParams, request_id: str, index: int,
+        priority: int, cache_salt: str,
     ) -> Request:
         """Check the parameters against this model and fill in what the user left open."""
+        params = sampling_params_of(asked) if isinstance(asked, BeamSearchParams) else asked
         if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise ValueError(f"priority={priority!r} is not allowed: it must be an integer")
         if priority and self.config.scheduling_policy != "priority":
             raise ValueError(f"priority={priority} would have no effect: load with scheduling_policy='priority'")
         vocab_size = self.model_config.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
+            wanted = getattr(params, name)
             most = min(self.config.max_logprobs, vocab_size)
-            if asked is not None and asked > most:
-                raise ValueError(f"{name}={asked} is above max_logprobs={most}: lower it, or raise max_logprobs")
+            if wanted is not None and wanted > most:
+                raise ValueError(f"{name}={wanted} is above max_logprobs={most}: lower it, or raise max_logprobs")
         named = {
             "logit_bias": [token_id for token_id, _ in params.logit_bias or ()],
             "allowed_token_ids": params.allowed_token_ids or (),
@@ -216,6 +223,7 @@ class Engine:
             arrival_index=index,
             priority=priority,
             cache_salt=cache_salt,
+            beams=beam_settings(asked, len(stop_ids)) if isinstance(asked, BeamSearchParams) else None,
         )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -336,6 +344,15 @@ class Engine:
                 self._append(live, event, now)
             except Exception as error:  # one request's trouble is its own
                 self._end(live, f"{type(error).__name__}: {error}")
+        for search in events.searches:
+            live = self._live[search.group.request.request_id]
+            touched[live.request.request_id] = live
+            try:
+                self._append_hypotheses(live, search, now)
+            except Exception as error:  # as above, but the scheduler has done with it
+                for sequence in search.group.sequences:
+                    sequence.finish_reason = FinishReason.ERROR
+                    sequence.stop_reason = f"{type(error).__name__}: {error}"
         for sequence in events.finished:  # one that failed brings no token
             live = self._live[sequence.request.request_id]
             touched[live.request.request_id] = live
@@ -378,6 +395,22 @@ class Engine:
                 # its last token completed a stop string
                 sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
 
+    def _append_hypotheses(self, live: _Live, search: SearchEvent, now: float) -> None:
+        """The texts and log-probabilities of what a beam search has found."""
+        live.first_token_s = live.first_token_s or now
+        live.last_token_s = now
+        for sequence, logprobs in zip(search.group.sequences, search.logprobs, strict=True):
+            live.logprobs[sequence.sample_index] = list(logprobs)
+            if self.tokenizer is None:
+                continue
+            detokenizer = live.detokenizers[sequence.sample_index] = self._make_detokenizer(live)
+            token_ids = sequence.output_token_ids
+            if sequence.finish_reason is FinishReason.STOP and isinstance(sequence.stop_reason, int):
+                token_ids = token_ids[:-1]  # a stop token ends the text before itself
+            for token_id in token_ids:
+                detokenizer.append(token_id)
+            detokenizer.finish()
+
     def _make_detokenizer(self, live: _Live) -> Detokenizer:
         assert self.tokenizer is not None
         params = live.request.params
@@ -416,16 +449,20 @@ class Engine:
         index = sequence.sample_index
         detokenizer = live.detokenizers.get(index)
         logprobs = None
+        cumulative_logprob = sequence.cumulative_logprob
         if live.request.params.logprobs is not None:
             logprobs = tuple(live.logprobs.get(index, ()))
+            if live.request.beams is None:
+                cumulative_logprob = sum(entry.logprob for entry in logprobs)
         return CompletionOutput(
             index=index,
             text=detokenizer.text if detokenizer is not None else "",
             token_ids=tuple(sequence.output_token_ids),
-            cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+            cumulative_logprob=cumulative_logprob,
             logprobs=logprobs,
             finish_reason=None if sequence.finish_reason is None else sequence.finish_reason.value,
             stop_reason=sequence.stop_reason,
+            score=sequence.score,
         )
 
     def _metrics(self, live: _Live) -> RequestMetrics:
@@ -459,16 +496,24 @@ class Engine:
         """Whether these requests (any, if None) ask for more than the likeliest token."""
         return request_ids is None or any(needs_sampler(self._live[request_id].request) for request_id in request_ids)
 
+    def num_candidates(self, request_ids: Iterable[str] | None) -> tuple[int, ...]:
+        """Numbers of continuations that beams of these requests choose from; none if None."""
+        beams = [self._live[request_id].request.beams for request_id in request_ids or ()]
+        return tuple({one.num_candidates for one in beams if one is not None})
+
     def warm_up(
         self,
         buckets: Iterable[Bucket],
         on_bucket: Callable[[Bucket, float], None] | None = None,
         *,
         with_sampler: bool = True,
+        num_candidates: Iterable[int] = (),
     ) -> None:
-        """Compile and run each bucket that has not run yet, and the sampler for its logit rows where it is needed."""
-        for bucket in self.runner.cold_buckets(buckets, with_sampler=with_sampler):
-            seconds = self.runner.warm_up(bucket, with_sampler=with_sampler)
+        """Compile and run each bucket that has not run yet, and for its logit rows the sampler and the choice of these
+        numbers of continuations of beams, where they are needed."""
+        wanted = tuple(num_candidates)
+        for bucket in self.runner.cold_buckets(buckets, with_sampler=with_sampler, num_candidates=wanted):
+            seconds = self.runner.warm_up(bucket, with_sampler=with_sampler, num_candidates=wanted)
             if on_bucket is not None:
                 on_bucket(bucket, seconds)
 
@@ -482,7 +527,7 @@ class Engine:
             return ()
         return buckets.reachable(
             [request.num_prompt_tokens for request in requests],
-            sum(request.params.n for request in requests),
+            sum(request.num_sequences for request in requests),
             all_logits=any(request.params.prompt_logprobs is not None for request in requests),
         )
 
@@ -495,7 +540,7 @@ class Engine:
         for request_id in request_ids:
             request = self._live[request_id].request
             num_tokens = request.num_prompt_tokens + request.max_tokens
-            need += request.params.n * layout.most_blocks(num_tokens, self.config.max_num_batched_tokens)
+            need += request.num_sequences * layout.most_blocks(num_tokens, self.config.max_num_batched_tokens)
         return need >= self.memory_plan.num_device_blocks
 
     def warm_up_preemption(self) -> None:

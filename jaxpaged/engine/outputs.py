@@ -31,7 +31,8 @@ class CompletionOutput:
     text: str
     token_ids: tuple[int, ...]
     cumulative_logprob: float | None
-    """Sum of the sampled tokens' log-probabilities, where the request asked for logprobs."""
+    """Sum of the sampled tokens' log-probabilities, where the request asked for logprobs; of a beam always, with what
+    `logit_bias` adds."""
     logprobs: tuple[TokenLogprobs, ...] | None
     """One TokenLogprobs per token, where asked for: `token_id`, `logprob` and `rank` of the token that was taken, and
     in `top` the most likely ones as pairs (token id, logprob). vLLM has a dictionary of both by token id."""
@@ -39,6 +40,8 @@ class CompletionOutput:
     """None while running; then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None
     """The stop token or stop string that ended it, or the message of an error."""
+    score: float | None = None
+    """Of a beam: cumulative_logprob / number of tokens ** length_penalty, by which beams are ordered."""
 
 
 @dataclass(frozen=True, slots=True)

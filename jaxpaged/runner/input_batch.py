@@ -188,14 +188,14 @@ class RowTables:
 
     def is_owned_by(self, row: int, sequence: Sequence) -> bool:
         owner = self._owners[row]
-        return owner is not None and owner[0] is sequence and owner[1] == sequence.num_preemptions
+        return owner is not None and owner[0] is sequence and owner[1] == sequence.epoch
 
     def claim(self, row: int, sequence: Sequence) -> bool:
         """Fill a row afresh for a sequence; True if the sampler's device state of the row must be loaded too.
 
         It must where the sampler needs the sequence's tokens or lists, and where a former owner's lists would stay.
         """
-        self._owners[row] = (sequence, sequence.num_preemptions)
+        self._owners[row] = (sequence, sequence.epoch)
         request = sequence.request
         params = request.params
         flags = _row_flags(request)
@@ -227,6 +227,8 @@ class BuiltBatch:
     is_plain: bool
     """Whether every row is greedy, without lists, penalties or log-probabilities: then the step needs no sampler."""
     has_logprobs: bool
+    num_candidates: int
+    """Continuations that some beam wants of its row; 0 in a step without beams."""
 
 
 def build(
@@ -301,7 +303,11 @@ def build(
     _cut_tiles(fields, query_starts, counts, num_decodes, layout.attending.tile_size)
     spans = _fill_logit_rows(fields, scheduled, order, query_starts, tables)
     flags = fields["flags"]
-    return BuiltBatch(packed, layout, spans, is_plain=not flags.any(), has_logprobs=bool(flags[-1]))
+    beams = [item.sequence.request.beams for item in scheduled if item.num_samples]
+    num_candidates = max((one.num_candidates for one in beams if one is not None), default=0)
+    return BuiltBatch(
+        packed, layout, spans, is_plain=not flags.any(), has_logprobs=bool(flags[-1]), num_candidates=num_candidates
+    )
 
 
 def _cut_tiles(

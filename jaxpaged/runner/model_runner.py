@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpaged.config import EngineConfig
 from jaxpaged.core.request import Request, Sequence
 from jaxpaged.core.scheduler_output import (
+    Candidate,
     RunnerOutput,
     ScheduledSequence,
     SchedulerOutput,
@@ -21,13 +22,14 @@ from jaxpaged.core.scheduler_output import (
 )
 from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.runner.beam_candidates import rounded_up
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import BuiltBatch, build
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.parallel import empty_cache, parallel_over
 from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row
 from jaxpaged.runner.shapes import RunnerShapes
-from jaxpaged.runner.step import jitted
+from jaxpaged.runner.step import jitted, jitted_candidates
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.sharding import whole
@@ -42,6 +44,8 @@ class StepArrays:
     logprobs: tuple[jax.Array, ...]
     """Log-probability and rank of each row's token [rows], ids and log-probabilities of the likeliest [rows, k];
     empty in a plain step."""
+    candidates: tuple[jax.Array, ...]
+    """What `beam_candidates` gives; empty in a step without beams."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,17 @@ class InFlight:
         tokens, finite = np.asarray(self.arrays.tokens_and_finite)
         token_list, finite_list = tokens.tolist(), finite.tolist()
         logprobs = _LogprobReader(self.arrays) if self.batch.has_logprobs else None
+        candidates = tuple(np.asarray(array).tolist() for array in self.arrays.candidates)
         outputs = []
         for item, (first, prompt_rows, num_samples) in zip(self.plan.scheduled, self.batch.spans, strict=True):
             begin = first + prompt_rows
             end = begin + num_samples
             params = item.sequence.request.params
+            beams = item.sequence.request.beams
+            if beams is not None and num_samples:
+                found = _candidates(candidates, begin, beams.num_candidates, logprobs, params.logprobs)
+                outputs.append(SequenceOutput((), (), (), all(finite_list[first:end]), found))
+                continue
             prompt_entries: tuple[tuple[int, TokenLogprobs], ...] = ()
             entries: tuple[TokenLogprobs, ...] = ()
             if logprobs is not None:
@@ -91,8 +101,24 @@ class _LogprobReader:
         self._logprob, self._rank, self._top_ids, self._top = (np.asarray(a).tolist() for a in arrays.logprobs)
 
     def entry(self, row: int, token_id: int, num_top: int) -> TokenLogprobs:
-        top = tuple(zip(self._top_ids[row][:num_top], self._top[row][:num_top], strict=True))
-        return TokenLogprobs(token_id, self._logprob[row], self._rank[row], top)
+        return TokenLogprobs(token_id, self._logprob[row], self._rank[row], self.top(row, num_top))
+
+    def top(self, row: int, num_top: int) -> tuple[tuple[int, float], ...]:
+        return tuple(zip(self._top_ids[row][:num_top], self._top[row][:num_top], strict=True))
+
+
+def _candidates(
+    arrays: tuple[list, ...], row: int, most: int, logprobs: _LogprobReader | None, num_top: int | None
+) -> tuple[Candidate, ...]:
+    """The first continuations of a row, with log-probabilities where the request asks for `num_top` others."""
+    ids, scores, as_given, ranks = (array[row][:most] for array in arrays)
+    if num_top is None or logprobs is None:
+        return tuple(Candidate(token_id, score, None) for token_id, score in zip(ids, scores, strict=True))
+    top = logprobs.top(row, num_top)
+    return tuple(
+        Candidate(token_id, score, TokenLogprobs(token_id, logprob, rank, top))
+        for token_id, score, logprob, rank in zip(ids, scores, as_given, ranks, strict=True)
+    )
 
 
 class ModelRunner:
@@ -129,6 +155,8 @@ class ModelRunner:
         self._layouts = {bucket: shapes.packed_layout(bucket) for bucket in shapes.buckets.all}
         self._warm: set[Bucket] = set()
         self._warm_samplers: set[int] = set()
+        self._warm_candidates: set[tuple[int, int]] = set()
+        """(logit rows, candidates)."""
 
     def _init_kv(self) -> Any:
         """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
@@ -179,9 +207,8 @@ class ModelRunner:
             return InFlight(plan, None, None)
         arrays = self._run(batch)
         arrays.tokens_and_finite.copy_to_host_async()
-        if batch.has_logprobs:
-            for array in arrays.logprobs:
-                array.copy_to_host_async()
+        for array in (*(arrays.logprobs if batch.has_logprobs else ()), *arrays.candidates):
+            array.copy_to_host_async()
         return InFlight(plan, batch, arrays)
 
     def _run(self, batch: BuiltBatch) -> StepArrays:
@@ -189,11 +216,17 @@ class ModelRunner:
             self._leaves, self._kv, self._state, batch.packed, batch.layout
         )
         self._warm.add(batch.layout.bucket)
+        candidates: tuple[jax.Array, ...] = ()
+        if batch.num_candidates:
+            # before the sampler, which takes the state
+            size = rounded_up(batch.num_candidates, self._vocab_size)
+            candidates = jitted_candidates(size)(logits, self._state, sampling)
+            self._warm_candidates.add((batch.layout.bucket.num_logits, size))
         if batch.is_plain:
-            return StepArrays(tokens_and_finite, ())
+            return StepArrays(tokens_and_finite, (), candidates)
         self._state, tokens_and_finite, logprobs = self._sample(logits, self._state, sampling)
         self._warm_samplers.add(batch.layout.bucket.num_logits)
-        return StepArrays(tokens_and_finite, logprobs)
+        return StepArrays(tokens_and_finite, logprobs, candidates)
 
     def _claim(self, row: int, sequence: Sequence) -> None:
         if self._tables.claim(row, sequence):
@@ -209,17 +242,25 @@ class ModelRunner:
             )
             self._state = self._load_row(self._state, packed)
 
-    def cold_buckets(self, buckets: Iterable[Bucket], *, with_sampler: bool) -> tuple[Bucket, ...]:
-        """Those that have not run yet, or not with the sampler if it is asked for."""
+    def cold_buckets(
+        self, buckets: Iterable[Bucket], *, with_sampler: bool, num_candidates: Iterable[int] = ()
+    ) -> tuple[Bucket, ...]:
+        """Those that have not run yet, or not with the sampler or these numbers of candidates if they are asked for."""
+        sizes = {rounded_up(number, self._vocab_size) for number in num_candidates}
         return tuple(
             bucket
             for bucket in buckets
-            if bucket not in self._warm or (with_sampler and bucket.num_logits not in self._warm_samplers)
+            if bucket not in self._warm
+            or (with_sampler and bucket.num_logits not in self._warm_samplers)
+            or any((bucket.num_logits, size) not in self._warm_candidates for size in sizes)
         )
 
-    def warm_up(self, bucket: Bucket, *, with_sampler: bool) -> float:
+    def warm_up(self, bucket: Bucket, *, with_sampler: bool, num_candidates: Iterable[int] = ()) -> float:
         """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds."""
         started = time.perf_counter()
+        for number in sorted({rounded_up(number, self._vocab_size) for number in num_candidates}):
+            beams = replace(self._dummy_batch(bucket, is_random=False), num_candidates=number)
+            self.dispatch(SchedulerOutput((), (), (), ()), beams)
         batch = self._dummy_batch(bucket, is_random=with_sampler)
         in_flight = self.dispatch(SchedulerOutput((), (), (), ()), batch)
         assert in_flight.arrays is not None

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxpaged.config import EngineConfig
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.registry import build_abstract
+from jaxpaged.runner.beam_candidates import beam_candidates
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
 from jaxpaged.runner.logits import first_argmax, maximum
@@ -34,6 +35,12 @@ def jitted(
     function = one_device if parallel is None else partial(parallel_step, parallel, one_device)
     jitted_step = jax.jit(function, static_argnums=4, donate_argnums=(1, 2))
     return jitted_step, jax.jit(partial(sample_rows, max_logprobs), donate_argnums=1)
+
+
+@functools.lru_cache(maxsize=16)
+def jitted_candidates(num_candidates: int) -> Any:
+    """The jitted choice of that many continuations of every row: a program of its own, for steps with beams."""
+    return jax.jit(partial(candidates_of_rows, num_candidates))
 
 
 def step(
@@ -72,6 +79,13 @@ def sample_rows(
     output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs)
     tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
     return state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
+
+
+def candidates_of_rows(
+    num_candidates: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+) -> tuple[jax.Array, ...]:
+    """`beam_candidates` of a step's logits; nothing is donated."""
+    return beam_candidates(num_candidates, logits, state, unpack_sampling(packed_sampling, logits.shape[0]))
 
 
 @dataclass(frozen=True)

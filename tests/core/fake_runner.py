@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
 from jaxpaged.core.scheduler import Scheduler
-from jaxpaged.core.scheduler_output import RunnerOutput, SchedulerOutput, SequenceOutput, TokenLogprobs
+from jaxpaged.core.scheduler_output import Candidate, RunnerOutput, SchedulerOutput, SequenceOutput, TokenLogprobs
 from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.sampling_params import SamplingParams
 
@@ -17,8 +17,9 @@ VOCAB = 50
 
 
 def make_request(request_id: str, prompt: list[int] | tuple[int, ...], *, max_tokens: int = 8, **options) -> Request:
-    """A request whose `n`, `min_tokens`, `prompt_logprobs` go to its sampling parameters, the rest to itself."""
-    params = {name: options.pop(name) for name in ("n", "min_tokens", "prompt_logprobs", "logprobs") if name in options}
+    """A request; `n`, `min_tokens`, `prompt_logprobs`, `logprobs` and `stop` go to its sampling parameters."""
+    names = ("n", "min_tokens", "prompt_logprobs", "logprobs", "stop")
+    params = {name: options.pop(name) for name in names if name in options}
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
@@ -63,6 +64,48 @@ def expected_tokens(request: Request, max_model_len: int, nonfinite: set[tuple[s
                 break
         samples.append(outputs)
     return samples
+
+
+def candidates(tokens: list[int]) -> list[Candidate]:
+    """Every token with a score, best first; no two sums of them are equal but by chance."""
+    last = prefix_hashes(tokens)[-1]
+    scores = {token: -(hash((last, token, 1)) % 99_991) / 20_000 for token in range(VOCAB)}
+    scores[last % VOCAB] = -float("inf")  # banned
+    return [Candidate(token, scores[token], None) for token in sorted(scores, key=lambda token: -scores[token])]
+
+
+def expected_beams(
+    request: Request, max_model_len: int, nonfinite: set[tuple[str, int]]
+) -> list[tuple[list[int], float]] | None:
+    """The hypotheses of a beam search and their scores, best first, without any scheduler; None where it fails."""
+    beams = request.beams
+    assert beams is not None
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int]]] = []
+    while True:
+        if (request.request_id, len(live[0][1])) in nonfinite:
+            return None
+        every = [
+            (total + candidate.score, [*outputs, candidate.token_id])
+            for total, outputs in live
+            for candidate in candidates([*request.prompt_token_ids, *outputs])[: beams.num_candidates]
+            if candidate.score > -float("inf")
+        ]
+        every.sort(key=lambda entry: -entry[0])
+        length = len(every[0][1])
+        is_last = length >= request.max_tokens or len(request.prompt_token_ids) + length >= max_model_len
+        going_on = []
+        for rank, (total, outputs) in enumerate(every[: beams.num_candidates]):
+            is_stop = outputs[-1] in request.stop_token_ids or has_stop_string(outputs)
+            if not (is_stop or is_last):
+                going_on.append((total, outputs))
+            elif rank < beams.width:
+                done.append((total / length**beams.length_penalty, outputs))
+        done = sorted(done, key=lambda entry: -entry[0])[: beams.width]
+        live = going_on[: beams.width]
+        is_full = len(done) == beams.width
+        if not live or (is_full and (beams.early_stopping or live[0][0] / length**beams.length_penalty <= done[-1][0])):
+            return [(outputs, score) for score, outputs in done]
 
 
 class FakeRunner:
@@ -123,10 +166,12 @@ class FakeRunner:
         """The tokens of its row on the device, filled afresh for a new epoch."""
         assert sequence.row is not None
         held = self.rows.get(sequence.row)
-        if held is None or held[:2] != (sequence, sequence.num_preemptions):
+        if held is None or held[:2] != (sequence, sequence.epoch):
             assert not sequence.num_pending_tokens or sequence.num_computed_tokens == len(sequence.token_ids)
-            held = self.rows[sequence.row] = (sequence, sequence.num_preemptions, list(sequence.token_ids))
+            held = self.rows[sequence.row] = (sequence, sequence.epoch, list(sequence.token_ids))
         history = held[2]
+        if sequence.request.beams is not None:
+            history[:] = sequence.token_ids  # what is chosen for a beam the device does not know
         assert history[: len(sequence.token_ids)] == sequence.token_ids
         return history
 
@@ -141,6 +186,9 @@ class FakeRunner:
             first = sequence.sample_index
             token_ids = tuple(next_token(history, request.seed, first + i) for i in range(num_samples))
             is_finite = (request.request_id, len(history) - request.num_prompt_tokens) not in self.nonfinite
+            if request.beams is not None:
+                found = candidates(history)[: request.beams.num_candidates]
+                return SequenceOutput((), (), (), is_finite, tuple(found))
             history.append(token_ids[0])
         prompt_logprobs = ()
         if request.params.prompt_logprobs is not None:
@@ -169,6 +217,7 @@ class Loop:
 
     def __init__(self, scheduler: Scheduler, *, num_ahead: int = 1) -> None:
         self.scheduler = scheduler
+        scheduler.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
         self.nonfinite: set[tuple[str, int]] = set()
         self.runner = FakeRunner(scheduler, self.nonfinite)
         self.num_ahead = num_ahead
@@ -208,7 +257,11 @@ class Loop:
             self.tokens.setdefault(sequence.sequence_id, []).append(event.token_id)
             if has_stop_string(sequence.output_token_ids):
                 self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
+        for event in events.searches:
+            assert all(sequence.is_finished for sequence in event.group.sequences)
         for group in self.groups.values():
+            if group.request.beams is not None:
+                continue
             for sequence in group.sequences:
                 told = self.tokens.get(sequence.sequence_id, [])
                 assert told == sequence.output_token_ids
@@ -220,11 +273,24 @@ class Loop:
             most_steps -= 1
             assert most_steps, "no progress"
 
+    def check_beams(self, group: SequenceGroup) -> None:
+        expected = expected_beams(group.request, self.scheduler.limits.max_model_len, self.nonfinite)
+        if not expected:  # a fault, or all beams came to where everything is banned
+            assert {sequence.finish_reason for sequence in group.sequences} == {FinishReason.ERROR}
+            return
+        assert [sequence.output_token_ids for sequence in group.sequences] == [outputs for outputs, _ in expected]
+        for sequence, (_, score) in zip(group.sequences, expected, strict=True):
+            assert abs(sequence.score - score) < 1e-9
+            assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
     def check_outputs(self, aborted: set[str] = frozenset()) -> None:
         """Every request ended once and gave what it gives alone; nothing is held any more."""
         for request_id, group in self.groups.items():
             assert group.is_finished
             if request_id in aborted:
+                continue
+            if group.request.beams is not None:
+                self.check_beams(group)
                 continue
             expected = expected_tokens(group.request, self.scheduler.limits.max_model_len, self.nonfinite)
             reasons = {sequence.finish_reason for sequence in group.sequences}

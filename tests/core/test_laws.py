@@ -12,6 +12,7 @@ from jaxpaged.core.admission import num_worst_case_blocks
 from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.group_queue import by_priority, first_come_first_served
 from jaxpaged.core.preemption import PreemptionCosts
+from jaxpaged.core.request import BeamSettings
 from jaxpaged.core.scheduler import Scheduler
 
 MAX_MODEL_LEN = 40
@@ -34,10 +35,24 @@ def make_loop(
     return Loop(scheduler, num_ahead=num_ahead)
 
 
+def random_beams(rng):
+    """Settings of a beam search: as many candidates as two stop tokens need."""
+    width = rng.choice([1, 2, 3, 4])
+    return BeamSettings(
+        width=width, length_penalty=rng.choice([0.0, 0.6, 1.0, 2.0]), early_stopping=rng.random() < 0.5,
+        num_candidates=3 * width,
+    )  # fmt: skip
+
+
 def random_request(rng, index):
     shared = [[7] * 12, [1, 2, 3, 4, 5, 6, 7, 8, 9], []]
     prompt = rng.choice(shared) + [rng.randrange(3) for _ in range(rng.randrange(1, 12))]
     max_tokens = rng.randrange(1, 20)
+    if rng.random() < 0.25:
+        return make_request(
+            f"r{index}", prompt, max_tokens=min(max_tokens, MAX_MODEL_LEN - len(prompt)), beams=random_beams(rng),
+            arrival_index=index, priority=rng.randrange(3), stop_token_ids=rng.sample(range(VOCAB), 2), stop="x",
+        )
     return make_request(
         f"r{index}", prompt, max_tokens=min(max_tokens, MAX_MODEL_LEN - len(prompt)), n=rng.choice([1, 1, 1, 2, 3, 4]),
         min_tokens=rng.randrange(0, min(3, max_tokens)), seed=rng.randrange(3), arrival_index=index,
@@ -81,7 +96,7 @@ def run_random_load(rng, preemption, num_ahead, windows):
     loop.drain(lambda: rng.random() < 0.1)
     loop.check_outputs(aborted)
     assert (loop.runner.num_unread > 0) == (windows != (None,))
-    return loop.scheduler
+    return loop
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1, 2])
@@ -89,11 +104,15 @@ def run_random_load(rng, preemption, num_ahead, windows):
 @pytest.mark.parametrize("windows", [(None,), (None, 5, 5), (6,)])
 def test_outputs_do_not_depend_on_pressure(windows, preemption, num_ahead):
     rng = random.Random(f"{preemption} {num_ahead}")
-    met = [run_random_load(rng, preemption, num_ahead, windows) for _ in range(6 if windows == (None,) else 14)]
+    loops = [run_random_load(rng, preemption, num_ahead, windows) for _ in range(6 if windows == (None,) else 14)]
+    met = [loop.scheduler for loop in loops]
     # it met what it tests
     assert sum(scheduler.num_preemptions for scheduler in met) > 15
     assert sum(scheduler.num_nonfinite for scheduler in met) > 0
     assert sum(scheduler.block_manager.num_copied_blocks for scheduler in met) > 0
+    searches = [group for loop in loops for group in loop.groups.values() if group.request.beams is not None]
+    assert sum(group.num_preemptions > 0 for group in searches) > 2
+    assert sum(len(group.sequences) > 1 and group.sequences[0].score is not None for group in searches) > 15
     assert sum(scheduler.block_manager.prefix_cache.num_hits for scheduler in met) > 0
     num_swapped = sum(scheduler.block_manager.num_swapped_in_blocks for scheduler in met)
     assert (num_swapped > 0) == (preemption != "recompute")
@@ -144,8 +163,11 @@ class HostWing(RuleBasedStateMachine):
         tail=st.lists(st.integers(0, 2), min_size=1, max_size=8),
         max_tokens=st.integers(1, 12), n=st.integers(1, 4), prompt_logprobs=st.sampled_from([None, None, 1]),
         priority=st.integers(0, 2), stop=st.integers(0, VOCAB - 1), nonfinite=st.sampled_from([None] * 8 + [0, 1, 4]),
+        beams=st.one_of(st.none(), st.none(), st.randoms(use_true_random=False).map(random_beams)),
     )
-    def add(self, prefix, tail, nonfinite, stop, **options):
+    def add(self, prefix, tail, nonfinite, stop, beams, **options):
+        if beams is not None:
+            options |= {"n": 1, "prompt_logprobs": None, "beams": beams, "stop": "x"}
         request = make_request(f"r{self.index}", prefix + tuple(tail), arrival_index=self.index,
                                stop_token_ids=[stop], **options)
         self.index += 1
@@ -155,7 +177,7 @@ class HostWing(RuleBasedStateMachine):
             self.loop.add(request)
         except ValueError:
             assert (
-                request.params.n > min(limits.max_num_seqs, limits.max_num_logits)
+                request.num_sequences > min(limits.max_num_seqs, limits.max_num_logits)
                 or num_worst_case_blocks(request, limits, manager.layout) > manager.device.num_usable
                 or not limits.enable_chunked_prefill
             )

@@ -120,9 +120,9 @@ def test_prompt_logprobs_take_a_row_per_next_prompt_token():
 def test_a_row_is_loaded_for_lists_and_cleared_of_a_former_owners():
     tables = RowTables(2, 4)
 
-    def claimed(params, num_preemptions=0):
+    def claimed(params, epoch=0):
         request = Request(request_id="", prompt_token_ids=(1,), params=params, max_tokens=9)
-        made = Sequence(0, request, 0, [1], num_preemptions=num_preemptions)
+        made = Sequence(0, request, 0, [1], epoch=epoch)
         return made, tables.claim(0, made)
 
     assert not claimed(GREEDY)[1]
@@ -130,7 +130,7 @@ def test_a_row_is_loaded_for_lists_and_cleared_of_a_former_owners():
     owner, must_load = claimed(biased)
     assert must_load
     assert tables.is_owned_by(0, owner)
-    owner.num_preemptions += 1
+    owner.epoch += 1
     assert not tables.is_owned_by(0, owner)
     assert claimed(GREEDY)[1]  # the bias must go
     assert not claimed(GREEDY)[1]
