@@ -58,6 +58,12 @@ def stories260k(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_beams(stories260k: Path) -> list[dict[str, Any]]:
+    """Beam searches of that model that transformers made."""
+    return json.loads((stories260k / "golden.json").read_text())["beams"]
+
+
+@pytest.fixture(scope="session")
 def golden(stories260k: Path) -> list[dict[str, Any]]:
     """Prompts and the tokens that the author's own program gave for them, greedily."""
     return json.loads((stories260k / "golden.json").read_text())["greedy"]

@@ -17,7 +17,7 @@ from jaxpaged.models.parameters import fill, parameter_arrays, parameter_axes
 from jaxpaged.models.random_model import random_model
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.shapes import memory_plan, resolve_shapes
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.sharding import Cut, Placement, make_mesh
 
 TINY = ModelConfig(
@@ -113,10 +113,12 @@ def drain(engine: Engine) -> None:
 
 
 def run(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | BeamSearchParams | Sequence[SamplingParams | BeamSearchParams],
 ) -> Run:
     """Run prompts through an engine, all added at once."""
-    many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    many = [params] * len(prompts) if isinstance(params, (SamplingParams, BeamSearchParams)) else params
     ids = [engine.add_request(list(prompt), one) for prompt, one in zip(prompts, many, strict=True)]
     finished = finish(engine)
     return Run(tuple(finished[request_id] for request_id in ids), engine.stats())
