@@ -332,6 +332,7 @@ class LLM:
                 with_sampler=with_sampler,
                 num_candidates=num_candidates,
             )
+        engine.warm_up_rows_and_copies(request_ids)
         if engine.can_run_out_of_blocks(request_ids):
             engine.warm_up_preemption()
         self.last_warm_up_s = time.perf_counter() - started

@@ -16,7 +16,7 @@ from jaxpaged.core.scheduler_output import RunnerOutput, ScheduledSequence, Sche
 from jaxpaged.core.step_events import PromptLogprobsEvent, SchedulerCounts, SearchEvent, StepEvents, TokenEvent
 from jaxpaged.core.step_plan import StepPlan, num_logit_rows, plan_sequence
 
-_WATERMARK_DIVISOR = 100
+WATERMARK_DIVISOR = 100
 """A newcomer leaves one block in this many free, so that those who run can grow a little before they preempt it."""
 NO_CONTINUATION = "every continuation of every beam is banned: check allowed_token_ids, bad_words and logit_bias"
 NONFINITE = "the model gave logits that are NaN or infinite: check the checkpoint's weights and the dtype"
@@ -293,7 +293,7 @@ class Scheduler:
         return len(group.unfinished) if group.is_forked else group.request.params.n
 
     def _num_watermark_blocks(self) -> int:
-        return self.block_manager.device.num_blocks // _WATERMARK_DIVISOR if self._running else 0
+        return self.block_manager.device.num_blocks // WATERMARK_DIVISOR if self._running else 0
 
     def _may_match(self, group: SequenceGroup) -> bool:
         """Whether its prompt may come from the prefix cache; not while every prompt token's logits are still wanted."""
@@ -664,6 +664,19 @@ class Scheduler:
             events.finished.append(sequence)
 
     # -- figures
+
+    def prompt_steps(self, group: SequenceGroup) -> list[tuple[int, int]]:
+        """(tokens, logit rows) of each step that would compute a waiting group's prompt, if it ran alone now."""
+        (sequence,) = group.sequences
+        start = len(self._match(group, sequence)) * self._block_size
+        budgets = (self.limits.max_num_batched_tokens, self.limits.max_num_logits)
+        steps = []
+        while start < sequence.num_tokens:
+            item = plan_sequence(sequence, start, group.request.params.n, *budgets, self.limits)
+            assert item is not None  # the door lets in what can be planned alone
+            steps.append((item.num_new_tokens, num_logit_rows(item)))
+            start += item.num_new_tokens
+        return steps
 
     @property
     def has_unfinished(self) -> bool:

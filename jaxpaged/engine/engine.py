@@ -14,18 +14,19 @@ from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.group_queue import by_priority, first_come_first_served
 from jaxpaged.core.preemption import PreemptionCosts
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
-from jaxpaged.core.scheduler import Scheduler
+from jaxpaged.core.scheduler import WATERMARK_DIVISOR, Scheduler
 from jaxpaged.core.scheduler_output import SchedulerOutput, TokenLogprobs
 from jaxpaged.core.step_events import SearchEvent, StepEvents, TokenEvent
 from jaxpaged.engine.beams import beam_settings, find_stop_string, sampling_params_of
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxpaged.engine.prompts import Prompt, read_prompt
+from jaxpaged.engine.reach import reachable_buckets
 from jaxpaged.engine.stats import CompileCounter, EngineStats, FinishedCounts, HostTimes
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.input_batch import needs_sampler
+from jaxpaged.runner.input_batch import has_lists, needs_sampler
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.model_runner import InFlight, ModelRunner
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
@@ -522,13 +523,14 @@ class Engine:
         buckets = self.runner.shapes.buckets
         if request_ids is None:
             return buckets.all
-        requests = [self._live[request_id].request for request_id in request_ids]
-        if not requests:
+        ids = tuple(request_ids)
+        if not ids:
             return ()
-        return buckets.reachable(
-            [request.num_prompt_tokens for request in requests],
-            sum(request.num_sequences for request in requests),
-            all_logits=any(request.params.prompt_logprobs is not None for request in requests),
+        return reachable_buckets(
+            buckets,
+            self.scheduler,
+            [self._live[request_id].group for request_id in ids],
+            can_run_out_of_blocks=self.can_run_out_of_blocks(ids),
         )
 
     def can_run_out_of_blocks(self, request_ids: Iterable[str] | None) -> bool:
@@ -536,12 +538,23 @@ class Engine:
         if request_ids is None:
             return True
         layout = self.scheduler.block_manager.layout
-        need = 0
+        need = self.memory_plan.num_device_blocks // WATERMARK_DIVISOR
         for request_id in request_ids:
             request = self._live[request_id].request
             num_tokens = request.num_prompt_tokens + request.max_tokens
             need += request.num_sequences * layout.most_blocks(num_tokens, self.config.max_num_batched_tokens)
         return need >= self.memory_plan.num_device_blocks
+
+    def warm_up_rows_and_copies(self, request_ids: Iterable[str] | None) -> None:
+        """Compile what loads the lists of these requests' rows, and what copies blocks that their samples share."""
+        if request_ids is None:
+            return  # then `warm_up_preemption` does
+        requests = [self._live[request_id].request for request_id in request_ids]
+        if any(has_lists(request) for request in requests):
+            self.runner.warm_up_rows()
+        num_copies = sum(request.num_sequences - 1 for request in requests if request.max_tokens > 1)
+        if num_copies:
+            self.runner.warm_up_copies(num_copies)
 
     def warm_up_preemption(self) -> None:
         """Compile the block copies, and time them against a prefill where preemption is "auto". Once is enough."""

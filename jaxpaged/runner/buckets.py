@@ -1,5 +1,6 @@
 """The only list of compiled shapes: every step is padded to one of these buckets."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SMALL = 64
@@ -39,28 +40,25 @@ class Buckets:
                 return bucket
         raise ValueError(f"no bucket holds {num_tokens} tokens, {num_logits} logit rows and {num_seqs} sequences")
 
-    def reachable(self, prompt_lens: list[int], num_samples: int, *, all_logits: bool = False) -> tuple[Bucket, ...]:
-        """The buckets that a batch of these prompts can meet, when nothing else runs.
+    def of_steps(self, steps: Iterable[tuple[int, int, int]], num_decodes: int) -> tuple[Bucket, ...]:
+        """Buckets of these steps (tokens, logit rows, sequences), and of decodes of up to `num_decodes` sequences."""
+        met = {self.pick(*step) for step in steps}
+        return tuple(sorted(met | {self.pick(k, k, k) for k in range(1, min(num_decodes, self.all[-1].num_seqs) + 1)}))
 
-        Args:
-            prompt_lens: Tokens of each prompt.
-            num_samples: Sequences that may run at once, over all prompts.
-            all_logits: Whether a request asks for prompt logprobs (a logit row for each prompt token).
-        """
+    def up_to(self, num_tokens: int, num_logits: int) -> tuple[Bucket, ...]:
+        """The buckets of every step with at most so many tokens and logit rows, or as many as a step may have."""
         largest = self.all[-1]
-        if all_logits:
-            return self.all
-        num_seqs = max(min(num_samples, largest.num_seqs), 1)
-        if len(prompt_lens) == 1:
-            length = prompt_lens[0]
-            chunks = {min(length, largest.num_tokens)} | ({length % largest.num_tokens} - {0})
-            met = {self.pick(chunk, min(num_seqs, largest.num_logits), 1) for chunk in chunks}
-            # samples of one prompt end one by one
-            return tuple(sorted(met | {self.pick(k, k, k) for k in range(1, num_seqs + 1)}))
-        top = self.pick(min(max(sum(prompt_lens), num_seqs), largest.num_tokens), 1, 1)
-        most_logits = max(SMALL, self.pick(num_seqs, num_seqs, num_seqs).num_logits)
+        num_logits = min(num_logits, largest.num_logits)
+        top = self.pick(min(num_tokens, largest.num_tokens), num_logits, 1)
+        fewest: dict[int, int] = {}
+        for bucket in self.all:
+            fewest.setdefault(bucket.num_tokens, bucket.num_logits)
         return tuple(
-            bucket for bucket in self.all if bucket.num_tokens <= top.num_tokens and bucket.num_logits <= most_logits
+            bucket
+            for bucket in self.all
+            if bucket.num_tokens <= top.num_tokens
+            # a step meets the bucket of more rows where there are more than the other one has
+            and (bucket.num_logits == fewest[bucket.num_tokens] or num_logits > fewest[bucket.num_tokens])
         )
 
 

@@ -166,6 +166,11 @@ def needs_sampler(request: Request) -> bool:
     return any(_row_flags(request)) or _banned_until(request) > 0 or has_logprobs
 
 
+def has_lists(request: Request) -> bool:
+    """Whether the sampler needs the request's tokens or lists in its device state."""
+    return any(_row_flags(request)[2:]) or _banned_until(request) > 0
+
+
 class RowTables:
     """Per-row facts on the host; row N (the last) is a dummy for padding.
 
@@ -210,9 +215,9 @@ class RowTables:
         self.block_tables[row] = 0
         table = sequence.block_ids
         self.block_tables[row, : len(table)] = table
-        has_lists = any(flags[2:]) or bool(self.min_tokens[row])
-        must_load = has_lists or self._has_lists[row]
-        self._has_lists[row] = has_lists
+        has_own_lists = has_lists(request)
+        must_load = has_own_lists or self._has_lists[row]
+        self._has_lists[row] = has_own_lists
         return must_load
 
 

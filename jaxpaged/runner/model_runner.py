@@ -268,12 +268,16 @@ class ModelRunner:
         return time.perf_counter() - started
 
     def warm_up_swaps(self) -> None:
-        """Compile the block copies and the row loader."""
+        """Compile every block copy and the row loader."""
         self._kv = self._mover.warm_up(self._kv)
-        self.warm_up_copies()
+        self.warm_up_rows()
 
-    def warm_up_copies(self) -> None:
-        """Compile what requests with penalties, lists or samples need besides the step."""
+    def warm_up_copies(self, num_copies: int) -> None:
+        """Compile the copies of 1 to `num_copies` shared blocks that are about to be written."""
+        self._kv = self._mover.warm_up_copies(self._kv, num_copies)
+
+    def warm_up_rows(self) -> None:
+        """Compile the loading of a row's tokens and lists."""
         packed = pack_row(
             row=self.shapes.num_rows,
             token_ids=[0],

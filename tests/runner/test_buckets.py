@@ -35,17 +35,25 @@ def test_a_step_that_no_bucket_holds_is_an_error():
         BUCKETS.pick(513, 1, 1)
 
 
-def test_one_prompt_reaches_its_chunks_and_the_decode():
-    assert BUCKETS.reachable([40], 1) == (Bucket(1, 1, 1), Bucket(64, 64, 64))
+def test_steps_and_decodes_of_samples_that_end_one_by_one_have_their_buckets():
     # 1100 = 512 + 512 + 76
-    assert BUCKETS.reachable([1100], 1) == (Bucket(1, 1, 1), Bucket(128, 64, 64), Bucket(512, 64, 64))
+    assert BUCKETS.of_steps([(512, 0, 1), (76, 1, 1)], 3) == (
+        Bucket(1, 1, 1), Bucket(2, 2, 2), Bucket(4, 4, 4), Bucket(128, 64, 64), Bucket(512, 64, 64),
+    )  # fmt: skip
+    assert BUCKETS.of_steps([(40, 1, 1)], 0) == (Bucket(64, 64, 64),)
 
 
-def test_several_prompts_reach_every_bucket_up_to_their_sum():
-    reached = WIDE.reachable([30, 40], 2)
-    assert {bucket.num_tokens for bucket in reached} == {1, 2, 4, 8, 16, 32, 64, 128}
-    assert WIDE.reachable([30, 40], 2, all_logits=True) == WIDE.all
-    assert {bucket.num_logits for bucket in WIDE.reachable([900] * 200, 200)} >= {64, 256}
+@pytest.mark.parametrize("most", [(70, 2), (6, 10), (900, 70), (100_000, 100_000)])
+def test_the_buckets_up_to_a_size_are_those_of_every_step_up_to_it(most):
+    reached = WIDE.up_to(*most)
+    steps = [
+        (tokens, logits)
+        for tokens in range(1, min(most[0], 2048) + 1)
+        for logits in range(min(most[1], 256) + 1)
+        if logits <= tokens or most == (6, 10)  # samples of a short prompt
+    ]
+    assert {WIDE.pick(*step, 1) for step in steps} <= set(reached)
+    assert len(reached) <= len({WIDE.pick(*step, 1) for step in steps}) + 1
 
 
 def test_the_invariant_list_is_one_bucket():
