@@ -12,11 +12,12 @@ _HOMES = {
     "LLM": "jaxpaged.llm",
     "BeamSearchParams": "jaxpaged.sampling_params",
     "EngineConfig": "jaxpaged.config",
+    "FailedRequestWarning": "jaxpaged.engine.outputs",
     "RequestOutput": "jaxpaged.engine.outputs",
     "SamplingParams": "jaxpaged.sampling_params",
 }
 
-__all__ = ["LLM", "BeamSearchParams", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "EngineConfig", "FailedRequestWarning", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
@@ -16,6 +17,8 @@ from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.sampling_params import SamplingParams
 
 STDIN = "-"
+ROOMS = ("jaxpaged", "converters", "pallas_kernels")
+"""The packages of this project."""
 SAMPLING_FLAGS = {
     "n": (int, 1, "samples per prompt"),
     "max_tokens": (int, 64, "most tokens to generate"),
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with exiting_interrupts():
             options = make_parser().parse_args(arguments)
             importlib.import_module(options.module)  # the verb's imports, while an interrupt ends them well
-        with insistent_interrupts():
+        with insistent_interrupts(), warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, is_quiet=getattr(options, "quiet", False))
             code = options.run(options, started)
             if sys.stdout is not None:  # which it is where stdout was closed
                 sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
@@ -63,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reason = f"{error.filename}: {reason}"
         print(f"jaxpaged: error: {reason}", file=sys.stderr)
         return 1
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None,
+    *, is_quiet: bool,
+) -> None:
+    """A warning as one line; with --quiet only of what concerns the result, which are those of this project."""
+    if is_quiet and _is_foreign(filename):
+        return
+    print(f"jaxpaged: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _is_foreign(filename: str) -> bool:
+    """Whether a warning was raised for code outside this project: jax, for one, warns of a cache it cannot write."""
+    return not any(f"{os.sep}{room}{os.sep}" in filename for room in ROOMS)
 
 
 def _drop_output() -> None:
@@ -186,8 +205,10 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def _load(options: argparse.Namespace, started: float) -> tuple[Any, float]:
     """The LLM and the seconds that its imports took."""
-    from jaxpaged.llm import LLM  # noqa: PLC0415  a verb imports what it needs
+    from jaxpaged.engine.outputs import FailedRequestWarning  # noqa: PLC0415  a verb imports what it needs
+    from jaxpaged.llm import LLM  # noqa: PLC0415
 
+    warnings.simplefilter("ignore", FailedRequestWarning)  # each is printed as an error
     imports_s = time.perf_counter() - started
     llm = LLM(
         options.model, tokenizer=options.tokenizer, show_progress=not options.quiet, **_engine_options(options)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from converters.huggingface import load_huggingface, open_checkpoint
 from jaxpaged.config import GIB, OPTIONS, EngineConfig
 from jaxpaged.engine.engine import Engine
-from jaxpaged.engine.outputs import RequestOutput
+from jaxpaged.engine.outputs import FailedRequestWarning, RequestOutput
 from jaxpaged.engine.prompts import Prompt, as_prompt_list
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -201,7 +202,8 @@ class LLM:
             priority: One number per prompt; lower runs first under scheduling_policy="priority".
             sampling_params: vLLM's name for `params`.
 
-        Raises ValueError before anything runs if one prompt or parameter cannot be served.
+        Raises ValueError before anything runs if one prompt or parameter cannot be served. A request that ends in an
+        error (`finish_reason="error"`) leaves the others alone; one FailedRequestWarning names those of the call.
         """
         params = _one_of(params, sampling_params, unknown)
         texts = as_prompt_list(prompts)
@@ -223,7 +225,9 @@ class LLM:
                 finished = self._run(added, use_tqdm)
             finally:
                 self._abandon(added)
-        return [finished[request_id] for request_id in added]
+        outputs = [finished[request_id] for request_id in added]
+        _warn_of_errors(outputs, stacklevel=3)
+        return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding its output so far after every step that added to it.
@@ -247,6 +251,8 @@ class LLM:
                         if not stream.is_finished:
                             self._advance(stream)
                 if (output := stream.take()) is not None:
+                    if output.finished:
+                        _warn_of_errors([output], stacklevel=3)
                     yield output
         finally:
             if not stream.is_finished:
@@ -416,6 +422,24 @@ class LLM:
         aborted = [request_id for request_id in request_ids if self.engine.abort(request_id)]
         while aborted and self.engine.has_unfinished:
             self.engine.step()
+
+
+def _warn_of_errors(outputs: Sequence[RequestOutput], *, stacklevel: int) -> None:
+    """Name the requests that ended in an error, and why; `stacklevel` is seen from here."""
+    reasons = {
+        index: next(one.stop_reason for one in output.outputs if one.finish_reason == "error")
+        for index, output in enumerate(outputs)
+        if any(one.finish_reason == "error" for one in output.outputs)
+    }
+    if not reasons:
+        return
+    shown = "; ".join(f"prompt {index} ({outputs[index].request_id}): {reasons[index]}" for index in list(reasons)[:3])
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    warnings.warn(
+        f"{len(reasons)} of {len(outputs)} requests ended in an error (finish_reason='error'): {shown}{more}",
+        FailedRequestWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _read_config(folder: Path, config: EngineConfig) -> ModelConfig:

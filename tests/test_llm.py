@@ -11,6 +11,7 @@ import pytest
 from converters import convert
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.outputs import FailedRequestWarning
 from jaxpaged.llm import DEMO_FOLDER, engine_config_from
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
@@ -255,3 +256,26 @@ def test_metrics_have_names_and_numbers(demo):
     metrics = demo.get_metrics()
     assert metrics["jaxpaged:num_blocks"] > 1
     assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_a_request_that_ends_in_an_error_is_named_in_one_warning_and_the_others_are_whole(demo, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=5)
+    prompts = ["ROMEO:\n", "JULIET:\n", "KING:\n"]
+    whole = demo.generate(prompts, params, use_tqdm=False)
+    append = Engine._append
+
+    def failing(engine, live, event, now):
+        if live.prompt == "JULIET:\n":
+            raise RuntimeError("injected")
+        append(engine, live, event, now)
+
+    monkeypatch.setattr(Engine, "_append", failing)
+    told = r"1 of 3 requests ended in an error .*: prompt 1 \(request-\d+\): RuntimeError: injected"
+    with pytest.warns(FailedRequestWarning, match=told) as record:
+        outputs = demo.generate(prompts, params, use_tqdm=False)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert outputs[0].outputs[0].text == whole[0].outputs[0].text
+    with pytest.warns(FailedRequestWarning, match="1 of 1 requests"):
+        assert list(demo.stream("JULIET:\n", params))[-1].outputs[0].finish_reason == "error"

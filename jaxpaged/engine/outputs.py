@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from jaxpaged.core.scheduler_output import TokenLogprobs
 
 
+class FailedRequestWarning(UserWarning):
+    """Requests of a call ended in an error; the others are complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
     """Times of one request in seconds, and what memory pressure did to it."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 LARGEST_JSON_BYTES = 64 * 2**20
+FINITE_CHUNK = 2**20
+"""Elements looked at together for NaN and infinity."""
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -218,8 +221,10 @@ def write_tensors(
     """Write the tensors into `folder`, drawing each from `read` once, and return the names of the files.
 
     Headers are known from `specs`, so that no more than one tensor is in memory. An array that is not as its spec says
-    raises ValueError. The `file` of a spec is not read.
+    raises ValueError; one with a NaN or an infinity is written as it is, and a warning names it. The `file` of a spec
+    is not read.
     """
+    nonfinite: list[str] = []
     file_of_name = shard_names(specs, max_shard_bytes)
     files = tuple(dict.fromkeys(file_of_name.values()))
     for file in files:
@@ -233,6 +238,8 @@ def write_tensors(
                         f"{file}: tensor {name!r} is {array.dtype}{list(array.shape)}, announced as "
                         f"{spec.dtype}{list(spec.shape)}"
                     )
+                if has_nonfinite(array):
+                    nonfinite.append(name)
                 # the bytes, seen as integers: bfloat16 has no buffer protocol
                 stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             stream.flush()
@@ -241,7 +248,23 @@ def write_tensors(
         total = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": file_of_name}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+    if nonfinite:
+        warnings.warn(
+            f"NaN or infinite values in tensors {shown_names(nonfinite)}, written as they are: requests that meet them "
+            "end in an error; copy the checkpoint again from its source",
+            stacklevel=2,
+        )
     return files
+
+
+def has_nonfinite(array: np.ndarray) -> bool:
+    """Whether a float array has a NaN or an infinity; reads it once, with little memory of its own."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    # all bits of the exponent are set; on integers, as bfloat16 is slow in numpy
+    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    return any(
+        bool(((bits[at : at + FINITE_CHUNK] & exponent) == exponent).any()) for at in range(0, bits.size, FINITE_CHUNK)
+    )
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

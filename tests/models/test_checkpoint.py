@@ -16,6 +16,7 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.parameters import fill, parameter_arrays, parameter_specs
 from jaxpaged.models.random_model import random_model
 from jaxpaged.models.registry import build_abstract
+from jaxpaged.models.tensor_files import has_nonfinite
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=40, model_dim=16, mlp_dim=24, num_layers=2, num_q_heads=4,
@@ -67,6 +68,32 @@ def test_weights_can_be_loaded_in_another_type(tmp_path, model):
     np.testing.assert_array_equal(loaded.norm.scale[...], model.norm.scale[...].astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="dtype='float16'"):
         checkpoint.load(tmp_path / "native", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_written_as_it_is_and_named(tmp_path, dtype, value):
+    config = checkpoint.config_with_dtype(CONFIG, dtype)
+    model = random_model(config, 0)
+    kernel = model.layers[1].attention.query.kernel
+    kernel[...] = kernel[...].at[0, 1].set(value)
+    with pytest.warns(UserWarning, match=r"NaN or infinite values in tensors .*layers\.1\.attention\.query\.kernel"):
+        checkpoint.save(tmp_path / "native", config, model)
+    written = checkpoint.load(tmp_path / "native")[1].layers[1].attention.query.kernel
+    assert np.asarray(written[...]).tobytes() == np.asarray(kernel[...]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", checkpoint.NUMPY_DTYPES["bfloat16"]])
+def test_the_largest_finite_number_is_finite_and_what_is_beyond_is_found_wherever_it_is(dtype):
+    array = np.full((3, 700_001), np.finfo(np.float16).max, dtype)  # two chunks
+    array[0, 0] = 0
+    assert not has_nonfinite(array)
+    assert not has_nonfinite(array[:, :0])
+    for value in (np.nan, np.inf, -np.inf):
+        for at in (0, -1):
+            broken = array.copy()
+            broken[at, at] = value
+            assert has_nonfinite(broken)
 
 
 def test_tokenizer_files_travel_along(tmp_path, model):
