@@ -1,6 +1,7 @@
 """The command line: jaxpaged generate | chat | convert | plan | info. A verb imports what it needs when it runs."""
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -8,7 +9,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,6 +19,7 @@ from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.sampling_params import SamplingParams
 
 STDIN = "-"
+STDERR_NUMBER = 2
 ROOMS = ("jaxpaged", "converters", "pallas_kernels")
 """The packages of this project."""
 SAMPLING_FLAGS = {
@@ -39,16 +42,21 @@ VLLM_FLAGS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. A ValueError becomes one line and exit code 2, an OSError one and 1."""
-    started = time.perf_counter()
+    with _forgiving_stderr():
+        return _run(arguments, time.perf_counter())
+
+
+def _run(arguments: Sequence[str] | None, started: float) -> int:
     try:
         with exiting_interrupts():
             options = make_parser().parse_args(arguments)
+            if sys.stdout is None:
+                raise OSError(errno.EBADF, "it is closed")
             importlib.import_module(options.module)  # the verb's imports, while an interrupt ends them well
         with insistent_interrupts(), warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, is_quiet=getattr(options, "quiet", False))
             code = options.run(options, started)
-            if sys.stdout is not None:  # which it is where stdout was closed
-                sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
+            sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
             return code
     except ValueError as error:
         print(f"jaxpaged: error: {error}", file=sys.stderr)
@@ -69,6 +77,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Forgiving:
+    """A text stream that sends everything nowhere from the first write that fails on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # what is left in its buffer goes there too: else the interpreter would end with an error of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def _forgiving_stderr() -> Iterator[None]:
+    """Bars, summaries and messages that cannot be written are lost, and not the output with them."""
+    stderr = sys.stderr
+    if stderr is None:  # closed: its number must not become that of a file
+        sink = os.open(os.devnull, os.O_WRONLY)
+        if sink != STDERR_NUMBER:
+            os.dup2(sink, STDERR_NUMBER)
+        sys.stderr = os.fdopen(STDERR_NUMBER, "w", closefd=False)
+        yield
+        return
+    sys.stderr = _Forgiving(stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = stderr
+
+
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None,
     *, is_quiet: bool,
@@ -86,6 +139,8 @@ def _is_foreign(filename: str) -> bool:
 
 def _drop_output() -> None:
     """Where stdout takes no more, let the interpreter not complain again when it flushes what is left."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -296,3 +296,23 @@ def test_output_that_cannot_be_written_is_one_line_and_exit_code_1(arguments, ou
     finally:
         os.close(stdout)
     assert (done.returncode, done.stderr) == (1, f"jaxpaged: error: {told}\n")
+
+
+def run_in_shell(redirection):
+    """`jaxpaged generate` with its streams redirected by a shell."""
+    command = f"{sys.executable} -m jaxpaged generate ROMEO: --max-tokens 2 --max-num-seqs 1 {redirection}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_the_text_comes_where_stderr_cannot_be_written(redirection):
+    if redirection.endswith("full") and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    done = run_in_shell(redirection)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ROMEO:")
+
+
+def test_a_closed_stdout_is_one_line_and_exit_code_1_before_anything_is_loaded():
+    done = run_in_shell(">&-")
+    assert (done.returncode, done.stderr) == (1, "jaxpaged: error: the output cannot be written: it is closed\n")
