@@ -144,7 +144,8 @@ def _architecture_name(source: Path, values: Mapping[str, Any]) -> str:
             f"{source / 'config.json'}: architectures={names!r}, model_type={model_type!r}: no converter; there is one "
             f"for {sorted(ARCHITECTURES)}"
         )
-    if isinstance(model_type, str) and NAME_OF_MODEL_TYPE.get(model_type) != name:
+    is_known = isinstance(model_type, str) and NAME_OF_MODEL_TYPE.get(model_type) == name
+    if model_type is not None and not is_known:
         raise ValueError(f"{source / 'config.json'}: model_type={model_type!r} does not go with {names!r}")
     return name
 

@@ -28,7 +28,9 @@ class EngineConfig:
     max_num_seqs: int = _option(256, "most sequences running at once")
     max_num_batched_tokens: int = _option(2048, "most tokens in a step, prompt chunks and decodes together")
     device_memory_fraction: float = _option(0.9, "part of the device's memory the engine may fill")
-    num_device_blocks: int | None = _option(None, "KV blocks on the device, the null block too; None fills the memory")
+    num_device_blocks: int | None = _option(
+        None, "KV blocks, the null block too (device_memory_fraction is not read then); None fills the memory"
+    )
     host_memory_bytes: int | Literal["auto"] = _option("auto", "host memory for swapped blocks; auto is 4 GiB at most")
     preemption: Preemption = _option("auto", "what happens to a victim: swap, recompute, or the cheaper (auto)")
     scheduling_policy: SchedulingPolicy = _option("fcfs", "first come first served, or by priority")
@@ -70,7 +72,8 @@ class EngineConfig:
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} is not allowed: it must be a power of two")
         fraction = self.device_memory_fraction
-        if not isinstance(fraction, (int, float)) or not math.isfinite(fraction) or not 0 < fraction <= 1:
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not is_number or not math.isfinite(fraction) or not 0 < fraction <= 1:
             raise ValueError(f"device_memory_fraction={fraction!r} is not allowed: it must be above 0 and at most 1")
         host = self.host_memory_bytes
         if host != "auto" and (isinstance(host, bool) or not isinstance(host, int) or host < 0):

@@ -138,7 +138,7 @@ class LLM:
         config = engine_config_from(options)
         keep_compiles()
         folder = resolve_folder(model)
-        if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        if tokenizer is not None and (not isinstance(tokenizer, (str, Path)) or not str(tokenizer).strip()):
             raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
         # whatever can be refused is refused before a weight is read
         mesh = make_mesh(config.tensor_parallel_size)
@@ -148,6 +148,7 @@ class LLM:
         put = None if mesh is None else Placement(mesh, _cut(config, model_config)).put
         self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
         text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
+        text.check_fits(model_config.vocab_size)
         started = time.perf_counter()
         load = checkpoint.load if checkpoint.is_native(folder) else load_huggingface
         model_config, module = load(
@@ -206,6 +207,8 @@ class LLM:
         error (`finish_reason="error"`) leaves the others alone; one FailedRequestWarning names those of the call.
         """
         params = _one_of(params, sampling_params, unknown)
+        if not isinstance(use_tqdm, bool):
+            raise ValueError(f"use_tqdm={use_tqdm!r} is not allowed: it must be True or False")
         texts = as_prompt_list(prompts)
         all_params = self._params_per_prompt(params, len(texts))
         if priority is not None and (not isinstance(priority, (list, tuple)) or len(priority) != len(texts)):
@@ -393,10 +396,11 @@ class LLM:
         many: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * count
         if len(many) != count:
             raise ValueError(f"params has {len(many)} entries for {count} prompts: give one for all, or one per prompt")
-        for one in many:
+        for index, one in enumerate(many):
             if not isinstance(one, (SamplingParams, BeamSearchParams)):
+                place = f"params of prompt {index}" if len(many) > 1 else "params"
                 raise ValueError(
-                    f"params={one!r} is no SamplingParams or BeamSearchParams: give one for all prompts, or one per "
+                    f"{place}: {one!r} is not a SamplingParams or BeamSearchParams: give one for all prompts, or one per "
                     "prompt"
                 )
         return many

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, TypeVar
 
 MAX_LOGIT_BIAS = 1024
@@ -81,9 +82,11 @@ def _check_number(name: str, value: object, low: float, high: float, allowed: st
         raise _refuse(name, value, allowed)
 
 
-def _check_int(name: str, value: object, low: int, high: int, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _check_int(name: str, value: object, low: int, high: int, allowed: str) -> int:
+    """The value as an int, which numpy's integers become, too."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
         raise _refuse(name, value, allowed)
+    return int(value)
 
 
 def _check_bool(name: str, value: object) -> None:
@@ -98,8 +101,10 @@ def _check_count(name: str, count: int, most: int) -> None:
 
 def _check_strings(name: str, value: object, most: int) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, (list, tuple)):
+    if not isinstance(strings, (list, tuple, set, frozenset)):
         raise _refuse(name, value, "a non-empty string or a list of them")
+    if isinstance(strings, (set, frozenset)):
+        strings = sorted(strings, key=str)  # in one order in every process
     _check_count(name, len(strings), most)
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -110,12 +115,13 @@ def _check_strings(name: str, value: object, most: int) -> tuple[str, ...]:
 
 
 def _check_token_ids(name: str, value: object, most: int) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple, set, frozenset)):
+    if not isinstance(value, (list, tuple, set, frozenset, range)):
         raise _refuse(name, value, "a list of token ids")
     _check_count(name, len(value), most)
-    for token_id in value:
+    return tuple(
         _check_int(f"{name} entry", token_id, 0, 2**31 - 1, "a token id (an integer of 0 or more)")
-    return tuple(value)
+        for token_id in value
+    )
 
 
 def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
@@ -129,7 +135,7 @@ def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
         token_id, bias = pair
         if isinstance(token_id, str) and token_id.isascii() and token_id.isdigit() and len(token_id) <= 10:
             token_id = int(token_id)  # JSON has string keys only
-        _check_int("logit_bias key", token_id, 0, 2**31 - 1, "a token id (an integer of 0 or more)")
+        token_id = _check_int("logit_bias key", token_id, 0, 2**31 - 1, "a token id (an integer of 0 or more)")
         _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0, "a number from -100 to 100")
         if token_id in checked:
             raise ValueError(f"logit_bias names token {token_id} twice: give it once")
@@ -154,7 +160,8 @@ def _check_shared(params: "SamplingParams | BeamSearchParams") -> None:
             raise ValueError("allowed_token_ids=[] allows no token at all: give at least one id, or None")
         freeze(params, "allowed_token_ids", ids)
     if params.logprobs is not None:
-        _check_int("logprobs", params.logprobs, 0, 2**31 - 1, "None or an integer of 0 or more")
+        logprobs = _check_int("logprobs", params.logprobs, 0, 2**31 - 1, "None or an integer of 0 or more")
+        freeze(params, "logprobs", logprobs)
     for name in ("ignore_eos", "include_stop_str_in_output"):
         _check_bool(name, getattr(params, name))
     if params.structured_outputs is not None:
@@ -218,10 +225,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         freeze = object.__setattr__
-        _check_int("n", self.n, 1, 16_384, "an integer from 1 to 16384")
+        integers = {
+            "n": (1, 16_384, "an integer from 1 to 16384, and at most the engine's max_num_seqs"),
+            "top_k": (-1, 2**31 - 1, "0 or -1 (off) or an integer from 1 to 2147483647"),
+            "seed": (INT64_MIN, INT64_MAX, "a 64-bit signed integer or None"),
+            "max_tokens": (1, 2**31 - 1, "an integer from 1 to 2147483647, or None"),
+            "min_tokens": (0, 2**31 - 1, "an integer of 0 or more"),
+            "prompt_logprobs": (0, 2**31 - 1, "None or an integer of 0 or more"),
+        }
+        for name, (low, high, allowed) in integers.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "max_tokens", "prompt_logprobs"):
+                freeze(self, name, _check_int(name, value, low, high, allowed))
         _check_number("temperature", self.temperature, 0.0, 100.0, "a number from 0 to 100")
         _check_number("top_p", self.top_p, 0.0, 1.0, "a number above 0 and at most 1", above_low=True)
-        _check_int("top_k", self.top_k, -1, 2**31 - 1, "0 (off) or a positive integer")
         if self.top_k == -1:
             freeze(self, "top_k", 0)
         _check_number("min_p", self.min_p, 0.0, 1.0, "a number from 0 to 1")
@@ -229,15 +246,11 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "a number from -2 to 2")
         # a number that float32 takes for 0 must not divide a logit
         _check_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4, "a number from 0.0001 to 10000")
-        if self.seed is not None:
-            _check_int("seed", self.seed, INT64_MIN, INT64_MAX, "a 64-bit signed integer or None")
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, "an integer from 1 to 2147483647, or None")
-        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1, "an integer of 0 or more")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
-        if self.prompt_logprobs is not None:
-            _check_int("prompt_logprobs", self.prompt_logprobs, 0, 2**31 - 1, "None or an integer of 0 or more")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: lower the first, or raise the "
+                "second"
+            )
         for name in ("detokenize", "skip_special_tokens"):
             _check_bool(name, getattr(self, name))
         _check_shared(self)

@@ -221,7 +221,7 @@ def test_an_exception_in_one_detokenizer_ends_that_request_only(model, monkeypat
     assert [finished[i].outputs[0].finish_reason for i in ids] == ["length", "error", "length"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, 1.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, 1.5, True])
 def test_a_memory_fraction_out_of_range_is_refused(model, value):
     with pytest.raises(ValueError, match="device_memory_fraction"):
         make_engine(model, device_memory_fraction=value)

@@ -125,6 +125,10 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind(demo):
         ([3.5], GREEDY, "float"),
         (["a"], BeamSearchParams(beam_width=2, max_tokens=3), "BeamSearchParams"),
         (["a"], "hot", "SamplingParams"),
+        (["a", "b"], [GREEDY, None], "params of prompt 1: None is not"),
+        ([["a"]], GREEDY, "id 'a' is not an integer; texts"),
+        (["a"], SamplingParams(n=9), "n=9 is above max_num_seqs=8.*larger max_num_seqs"),
+        ([[1024]], GREEDY, "not from 0 to 1023: use the tokenizer of this model"),
         (b"a", GREEDY, "bytes"),
         (None, GREEDY, "NoneType"),
         (["a"], SamplingParams(max_tokens=None, min_tokens=1024), "min_tokens=1024"),
@@ -200,6 +204,9 @@ def test_a_cache_that_cannot_be_had_is_one_clear_error(monkeypatch):
         ({"max_model_len": 4096}, "above the model's 1024 positions"),
         ({"attention_implementation": "flash"}, "use one of"),
         ({"tokenizer": 5}, "tokenizer=5"),
+        ({"tokenizer": ""}, "tokenizer='' is not a path"),
+        ({"host_memory_bytes": 1}, "holds no block: one takes .* give 0"),
+        ({"attention_implementation": "mosaic_tpu"}, "'mosaic_tpu' does not serve .*use .*xla.*leave it out"),
         ({"tokenizer": "no/such"}, "not a folder"),
     ],
 )
@@ -235,6 +242,19 @@ def test_a_bad_generation_config_is_refused_at_load_by_file_field_and_value(tmp_
 def test_names_we_do_not_have_are_refused_with_what_to_use(options, match):
     with pytest.raises(ValueError, match=match):
         engine_config_from(options)
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_s_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxpaged.llm.load_huggingface", lambda *a, **k: pytest.fail("weights were read"))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    content = json.loads((DEMO_FOLDER / "tokenizer.json").read_text())
+    added = {"id": 1024, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}  # fmt: skip
+    content["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="does not fit the model: it has ids up to 1024, and the model knows 1024 tok"):
+        LLM("demo", tokenizer=folder, show_progress=False)
 
 
 def test_names_of_vllm_are_understood():

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +60,7 @@ SHARED = {
     "stop_token_ids": [*NOT_IDS, list(range(MAX_STOP_TOKENS + 1))],
     "bad_words": [*NOT_STRINGS, ["x"] * (MAX_BAD_WORDS + 1)],
     "logit_bias": [*NOT_BIASES, dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0), dict.fromkeys(range(10**6), 1.0)],
-    "allowed_token_ids": [*NOT_IDS, [], range(5), [0] * (MAX_ALLOWED_TOKENS + 1)],
+    "allowed_token_ids": [*NOT_IDS, [], range(0), [0] * (MAX_ALLOWED_TOKENS + 1)],
     "logprobs": [-1, 2**31, *(value for value in NOT_COUNTS if value is not None)],
     "structured_outputs": [{"json": {}}, "grammar", 0],
 }
@@ -142,6 +143,9 @@ def test_stop_strings_need_text():
         {"stop": ["x"] * MAX_STOP_STRINGS},
         {"bad_words": ["\x00", "\U0001f600"]},
         {"stop_token_ids": {1, 2}},
+        {"stop_token_ids": range(10)},
+        {"stop": {"I"}},
+        {"n": np.int64(2), "seed": np.uint8(3), "max_tokens": np.int32(20), "top_k": np.int16(4)},
         {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS), -100)},
         {"logit_bias": {"5": 1}},
         {"logit_bias": {}},
@@ -153,6 +157,21 @@ def test_the_edges_of_the_ranges_are_allowed(good):
     # a checked value checks again, and is the same: replace() is safe
     assert dataclasses.replace(params) == params
     assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_integers_of_numpy_become_python_s_and_a_set_of_strings_comes_in_one_order():
+    params = SamplingParams(n=np.int64(2), logprobs=np.int32(1), stop_token_ids=np.arange(2).tolist(), stop={"b", "a"})
+    assert (type(params.n), type(params.logprobs)) == (int, int)
+    assert params.stop == ("a", "b")
+    with pytest.raises(ValueError, match="n="):
+        SamplingParams(n=np.float64(2))
+
+
+def test_messages_name_the_limit_and_a_remedy():
+    with pytest.raises(ValueError, match="top_k=2147483648 .* from 1 to 2147483647"):
+        SamplingParams(top_k=2**31)
+    with pytest.raises(ValueError, match="lower the first, or raise the second"):
+        SamplingParams(min_tokens=6, max_tokens=5)
 
 
 def test_lists_are_frozen_when_they_are_checked():

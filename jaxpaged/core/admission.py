@@ -57,7 +57,10 @@ def check_fits(request: Request, limits: SchedulerLimits, num_usable_blocks: int
             f"it must be shorter than that, to leave room for one token of output"
         )
     if n > limits.max_num_seqs:
-        raise ValueError(f"{name}={n} is above max_num_seqs={limits.max_num_seqs}: ask for fewer {noun}")
+        raise ValueError(
+            f"{name}={n} is above max_num_seqs={limits.max_num_seqs}: ask for fewer {noun}, or load with a larger "
+            "max_num_seqs"
+        )
     if n > limits.max_num_logits:
         raise ValueError(f"{name}={n} is above max_num_logits={limits.max_num_logits}: ask for fewer {noun}")
     if not limits.enable_chunked_prefill and request.params.prompt_logprobs is not None:

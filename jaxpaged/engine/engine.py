@@ -171,7 +171,9 @@ class Engine:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 shown = token_id if abs(token_id) < 10**30 else f"of {token_id.bit_length()} bits"
-                raise ValueError(f"prompt token id {shown} is not from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"prompt token id {shown} is not from 0 to {vocab_size - 1}: use the tokenizer of this model"
+                )
 
     def _resolve(
         self, token_ids: tuple[int, ...], asked: SamplingParams | BeamSearchParams, request_id: str, index: int,

@@ -11,7 +11,7 @@ KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, token ids (a list, tuple or array), or {"prompt": text} / {"prompt_token_ids": ids} with an optional
-"cache_salt". With both, the ids are used and the text is only given back as `RequestOutput.prompt`."""
+"cache_salt". With both, the ids are used and the text is only given back as `RequestOutput.prompt`, as in vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,10 @@ def read_prompt(prompt: Prompt) -> PromptContent:
 def _read_ids(ids: Any) -> tuple[int, ...]:
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-            raise ValueError(f"prompt token id {str(token_id)[:80]} is not an integer")
+            nested = isinstance(token_id, (str, Mapping, list, tuple))
+            remedy = "; texts, or several prompts, go into one list that is not nested" if nested else ""
+            shown = repr(token_id)[:80]
+            raise ValueError(f"prompt token id {shown} is not an integer{remedy}")
     return tuple(map(int, ids))
 
 

@@ -76,6 +76,21 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def largest_token_id(self) -> int:
+        """The largest id that a text can get, or that a token's name stands for."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ValueError if a token has an id that a model of so many tokens does not know."""
+        largest = self.largest_token_id
+        if largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer in {self._folder} does not fit the model: it has ids up to {largest}, and the model "
+                f"knows {vocab_size} tokens (ids from 0 to {vocab_size - 1}): name the folder of the model's own "
+                "tokenizer with tokenizer=..., or copy its files into the model's folder"
+            )
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._id_of("bos_token")
 

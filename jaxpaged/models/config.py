@@ -73,7 +73,7 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number from 1 to {largest}")
         for name in ("norm_eps", "rope_theta"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e30:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number below 1e30")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"

@@ -34,7 +34,7 @@ def parse(kind: type[Facts], values: Mapping[str, Any]) -> Facts:
         name for name, field in fields.items() if field.default is dataclasses.MISSING and values.get(name) is None
     ]
     if missing:
-        raise ValueError(f"missing fields {missing}")
+        raise ValueError(f"missing fields {missing}: copy the whole config.json from the checkpoint's source")
     annotations = typing.get_type_hints(kind)
     return kind(**{
         name: _parse_value(name, annotations[name], value) for name, value in values.items() if value is not None
@@ -84,5 +84,5 @@ def parse_integer(name: str, value: object) -> int:
 def parse_number(name: str, value: object) -> float:
     """Return a JSON value that must be a finite number; ValueError, by name, otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise ValueError(f"{name}={value!r} must be a number")
+        raise ValueError(f"{name}={value!r} must be a finite number below 1e30")
     return float(value)

@@ -245,6 +245,11 @@ def _num_host_blocks(config: EngineConfig, num_device_blocks: int, block_bytes: 
                 f"host_memory_bytes={host:,}: {available:,} bytes of host memory are available, of which "
                 f"{in_host_memory:,} go to the model and its KV cache: lower it (swap_space is the same in GiB)"
             )
+        if 0 < host < block_bytes and config.preemption != "swap":
+            raise ValueError(
+                f"host_memory_bytes={host:,} holds no block: one takes {block_bytes:,} bytes; raise it, or give 0 for "
+                "no swapping"
+            )
     else:  # "auto": never more than the device pool holds, since a victim leaves room there when it comes here
         host = min(AUTO_HOST_BYTES, available // 4, num_device_blocks * block_bytes)
     usable = host // block_bytes

@@ -225,6 +225,12 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
         if not misfits(row, case):
             return row
     told = "; ".join(f"{row.name}: {', '.join(misfits(row, case))}" for row in rows)
+    fitting = [row.name for row in IMPLEMENTATIONS if not misfits(row, case)]
+    if len(rows) == 1 and fitting:
+        raise ValueError(
+            f"attention implementation {rows[0].name!r} does not serve {case}; use {', '.join(fitting)}, or leave it "
+            f"out (None) to have the best picked; {told}"
+        )
     raise ValueError(f"no attention implementation serves {case}: {told}")
 
 

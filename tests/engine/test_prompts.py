@@ -70,7 +70,8 @@ def test_text_beside_ids_is_kept_to_be_given_back():
         ([1, True], "id True is not an integer"),
         ([1.0, 2.0], "id 1.0 is not an integer"),
         (np.array([1.0]), "id 1.0 is not an integer"),
-        ([1, "2"], "id 2 is not an integer"),
+        ([1, "2"], "id '2' is not an integer; texts, or several prompts, go into one list that is not nested"),
+        ([[1, 2], 3], r"id \[1, 2\] is not an integer; texts, or several"),
     ],
 )
 def test_what_is_no_prompt(prompt, words):

@@ -91,7 +91,7 @@ def test_generation_defaults_hold_what_the_file_sets_and_nothing_else():
     [
         ("temperature", -5, "a number from 0 to 100"),
         ("top_p", 0, "above 0 and at most 1"),
-        ("top_k", "a", "a positive integer"),
+        ("top_k", "a", "an integer from 1 to 2147483647"),
         ("min_p", float("nan"), "a number from 0 to 1"),
         ("repetition_penalty", 0, "a number from 0.0001"),
         ("max_new_tokens", 0, "an integer from 1"),
