@@ -1,18 +1,21 @@
 """The command line: jaxpaged generate | chat | convert | plan | info. A verb imports what it needs when it runs."""
 
 import argparse
+import dataclasses
+import difflib
 import errno
 import importlib
 import importlib.metadata
 import os
 import platform
+import secrets
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jaxpaged.config import OPTIONS
 from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
@@ -30,8 +33,10 @@ SAMPLING_FLAGS = {
     "top_k": (int, 0, "keep this many of the most likely tokens; 0 is off"),
     "min_p": (float, 0.0, "keep tokens at least this fraction as likely as the likeliest"),
     "repetition_penalty": (float, 1.0, "above 1 discourages repetition"),
-    "seed": (int | None, None, "same seed, same text"),
+    "seed": (int | None, None, "same seed, same text; None draws one, which the summary tells"),
 }
+PYTHON_ONLY = {field.name for field in dataclasses.fields(SamplingParams)} - {*SAMPLING_FLAGS, "stop"}
+"""Sampling parameters without a flag."""
 NO_FLAGS = ("seed", "max_logprobs")
 """Engine options without a flag: a generation's seed is a sampling flag, and no verb prints log-probabilities."""
 VLLM_FLAGS = {
@@ -147,15 +152,42 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that refuses in one line, with what to use instead where that can be told, and points to the verb's help."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: 'float16'" in message or "invalid choice: 'half'" in message:
+            message += "; float16 is not computed in: use float32, which holds it exactly, or bfloat16, as small"
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{options.parser.hint(unknown[0])}")
+        return options
+
+    def hint(self, argument: str) -> str:
+        """What may have been meant by an argument that is not known; empty where nobody can tell."""
+        flag = argument.split("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in PYTHON_ONLY:
+            return f" ({name} has no flag: use it from Python, as SamplingParams({name}=...))"
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; engine options come from the fields of EngineConfig."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jaxpaged", description="Paged inference of language models in pure JAX, on TPU, CUDA GPU and CPU."
     )
     parser.add_argument("--version", action="version", version=f"jaxpaged {importlib.metadata.version('jaxpaged')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     # an abbreviation would change its meaning with every new flag
-    add_verb = partial(verbs.add_parser, allow_abbrev=False)
+    def add_verb(name: str, **facts: Any) -> Any:
+        verb: argparse.ArgumentParser = verbs.add_parser(name, allow_abbrev=False, **facts)
+        verb.set_defaults(parser=verb)
+        return verb
 
     generate = add_verb("generate", help="complete prompts")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to go on with; - or none: that on stdin")
@@ -182,6 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to store (default: the checkpoint's)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    convert.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     convert.set_defaults(run=_convert, module="jaxpaged.llm")
 
     plan = add_verb("plan", help="weights, KV blocks and activations against the device, before loading")
@@ -254,7 +287,10 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """The parameters of all prompts; where they sample, with a seed that the user can give again."""
     values = {name: getattr(options, name) for name in SAMPLING_FLAGS if hasattr(options, name)}
+    if values["seed"] is None and values["temperature"] > 0:
+        values["seed"] = secrets.randbelow(2**31)
     return SamplingParams(stop=getattr(options, "stop", None), **values)
 
 
@@ -288,7 +324,7 @@ def _generate(options: argparse.Namespace, started: float) -> int:
                 print(("" if options.no_echo else output.prompt or "") + completion.text)
             _print_errors(output)
     if not options.quiet:
-        _print_summary(llm, outputs, time.perf_counter() - ready)
+        _print_summary(llm, outputs, time.perf_counter() - ready, params)
     if options.verbose:
         _print_times(llm, outputs, imports_s, ready - started, started)
     return 1 if any(done.finish_reason == "error" for output in outputs for done in output.outputs) else 0
@@ -334,7 +370,7 @@ def _print_errors(output: Any) -> None:
         print(f"jaxpaged: error: {output.request_id}: {reason}", file=sys.stderr)
 
 
-def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
+def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float, params: SamplingParams) -> None:
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     firsts = [output.metrics.time_to_first_token_s for output in outputs if output.metrics.time_to_first_token_s]
@@ -344,9 +380,16 @@ def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float) -> None:
     print(
         f"[{num_prompt} prompt tokens, {num_generated} generated in {running_s:.2f} s: "
         f"{num_generated / running_s:.1f} tok/s; {first}{stats.num_blocks - 1} blocks, "
-        f"{stats.num_preemptions} preemptions]",
+        f"{stats.num_preemptions} preemptions{f'; seed {params.seed}' if params.temperature > 0 else ''}]",
         file=sys.stderr,
     )
+    ends = [(output, done) for output in outputs for done in output.outputs if done.finish_reason == "length"]
+    if params.max_tokens and any(len(done.token_ids) < params.max_tokens for _, done in ends):
+        print(
+            f"[ended by the length: prompt and output have at most max_model_len={llm.engine.max_model_len} tokens, "
+            f"which leaves less than --max-tokens {params.max_tokens}]",
+            file=sys.stderr,
+        )
 
 
 def _print_times(llm: Any, outputs: Sequence[Any], imports_s: float, ready_s: float, started: float) -> None:
@@ -380,10 +423,15 @@ def _chat(options: argparse.Namespace, started: float) -> int:
             f"model {options.model!r} has no chat template: use `jaxpaged generate`, or a model that was tuned to chat"
         )
     max_model_len = llm.engine.max_model_len
+    if sys.stdin.isatty() and not options.quiet:
+        seed = f"; seed {params.seed}" if params.temperature > 0 else ""
+        print(f"[a line is a message to the model; Ctrl-D ends the conversation{seed}]", file=sys.stderr)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            if not any(message["role"] == "user" for message in messages):
+                print("jaxpaged: there was no message: a line of text is one", file=sys.stderr)
             print()
             return 0
         if not text.strip():
@@ -433,8 +481,11 @@ def _convert(options: argparse.Namespace, started: float) -> int:
     from jaxpaged.llm import resolve_folder  # noqa: PLC0415
 
     source = resolve_folder(options.source)
-    report = convert(source, options.target, dtype=options.dtype, overwrite=options.overwrite)
-    print(report)
+    report = convert(
+        source, options.target, dtype=options.dtype, overwrite=options.overwrite, show_progress=not options.quiet
+    )
+    if not options.quiet:
+        print(report)
     return 0
 
 

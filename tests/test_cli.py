@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -316,3 +317,74 @@ def test_the_text_comes_where_stderr_cannot_be_written(redirection):
 def test_a_closed_stdout_is_one_line_and_exit_code_1_before_anything_is_loaded():
     done = run_in_shell(">&-")
     assert (done.returncode, done.stderr) == (1, "jaxpaged: error: the output cannot be written: it is closed\n")
+
+
+def refusal(arguments, capsys):
+    """The one line that a bad command line gives."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "x", "--n", "1.5"], "argument --n: invalid int value: '1.5'; see jaxpaged generate --help"),
+        (["plan", "demo", "--host-memory-bytes", "1e9"], "'1e9' is neither a whole number nor auto; see jaxpaged "),
+        (["generate", "x", "--dtype", "float16"], "use float32, which holds it exactly, or bfloat16"),
+        (["generate", "x", "--max-token", "5"], "--max-token 5 (did you mean --max-tokens?); see jaxpaged gen"),
+        (["chat", "--presence-penalty=1"], "(presence_penalty has no flag: use it from Python, as SamplingParams(pres"),
+        (["generates"], "invalid choice: 'generates'"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_line_that_points_to_the_help_of_its_verb(arguments, told, capsys):
+    assert told in refusal(arguments, capsys)
+
+
+def test_sampling_without_a_seed_draws_one_that_gives_the_same_text_again(capsys):
+    options = ["generate", "ROMEO:", "--max-tokens", "12", "--temperature", "1", "--max-num-seqs", "1"]
+    seeds, texts = [], []
+    for _ in range(2):
+        assert main(options) == 0
+        captured = capsys.readouterr()
+        seeds.append(captured.err.split("seed ")[1].split("]")[0])
+        texts.append(captured.out)
+    assert seeds[0] != seeds[1]
+    assert texts[0] != texts[1]
+    assert main([*options, "--seed", seeds[0]]) == 0
+    assert capsys.readouterr().out == texts[0]
+
+
+def test_a_text_that_the_context_ends_before_max_tokens_is_said(capsys):
+    options = ["--max-model-len", "16", "--max-num-seqs", "1"]
+    assert main(["generate", "ROMEO:", "--max-tokens", "100", *options]) == 0
+    assert "max_model_len=16 tokens, which leaves less than --max-tokens 100" in capsys.readouterr().err
+    assert main(["generate", "ROMEO:", "--max-tokens", "3", *options]) == 0
+    assert "ended by the length" not in capsys.readouterr().err
+
+
+def test_a_quiet_conversion_prints_nothing(tmp_path, capfd):
+    assert main(["convert", "demo", str(tmp_path / "native"), "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_chat_of_blank_lines_says_that_there_was_no_message(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n  \n"))
+    assert main(["chat", "--quiet", "--max-num-seqs", "1"]) == 0
+    assert capsys.readouterr().err == "jaxpaged: there was no message: a line of text is one\n"
+
+
+def test_warnings_are_one_line_each_and_those_of_other_packages_not_said_with_quiet(monkeypatch, capsys):
+    def run(options, started):
+        warnings.warn_explicit("the cache\ncannot be written", UserWarning, "/lib/jax/cache.py", 1)
+        warnings.warn_explicit("of ours", UserWarning, f"/lib{os.sep}jaxpaged{os.sep}llm.py", 1)
+        return 0
+
+    monkeypatch.setattr("jaxpaged.cli._generate", run)
+    for flags, told in (([], ["the cache cannot be written", "of ours"]), (["--quiet"], ["of ours"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(["generate", "x", *flags]) == 0
+        assert capsys.readouterr().err.splitlines() == [f"jaxpaged: warning: {text}" for text in told]

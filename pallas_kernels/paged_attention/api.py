@@ -228,8 +228,8 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
     fitting = [row.name for row in IMPLEMENTATIONS if not misfits(row, case)]
     if len(rows) == 1 and fitting:
         raise ValueError(
-            f"attention implementation {rows[0].name!r} does not serve {case}; use {', '.join(fitting)}, or leave it "
-            f"out (None) to have the best picked; {told}"
+            f"attention implementation {rows[0].name!r} does not serve {case}; use {', '.join(fitting)}, or leave "
+            f"it out (None) to have the best picked; {told}"
         )
     raise ValueError(f"no attention implementation serves {case}: {told}")
 
