@@ -120,7 +120,7 @@ def _forgiving_stderr() -> Iterator[None]:
         sys.stderr = os.fdopen(STDERR_NUMBER, "w", closefd=False)
         yield
         return
-    sys.stderr = _Forgiving(stderr)  # type: ignore[assignment]
+    sys.stderr = _Forgiving(stderr)
     try:
         yield
     finally:

@@ -84,7 +84,7 @@ def _check_number(name: str, value: object, low: float, high: float, allowed: st
 
 def _check_int(name: str, value: object, low: int, high: int, allowed: str) -> int:
     """The value as an int, which numpy's integers become, too."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise _refuse(name, value, allowed)
     return int(value)
 

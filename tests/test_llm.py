@@ -1,6 +1,7 @@
 """LLM, on the demo model and on a real trained checkpoint."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -255,6 +256,18 @@ def test_a_tokenizer_with_ids_beyond_the_model_s_is_refused_before_a_weight_is_r
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="does not fit the model: it has ids up to 1024, and the model knows 1024 tok"):
         LLM("demo", tokenizer=folder, show_progress=False)
+
+
+def test_where_there_is_no_compiler_the_load_says_once_what_to_install(tmp_path):
+    code = "from jaxpaged import LLM\nfor shown in (True, False):\n    LLM('demo', max_num_seqs=1, show_progress=shown)"
+    environment = {**os.environ, "PATH": str(tmp_path), "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("jaxpaged: ")]
+    assert told == [
+        "jaxpaged: the compiled CPU kernel needs a C++ compiler (g++, clang++, c++), and none is installed: plain XLA "
+        "runs instead, slower; install one, as with `apt install g++`"
+    ]
 
 
 def test_names_of_vllm_are_understood():
