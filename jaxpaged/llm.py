@@ -29,10 +29,15 @@ from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.parameters import parameter_axes, parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
-from jaxpaged.runner.shapes import RunnerShapes, memory_plan, resolve_shapes, with_checked_attention
+from jaxpaged.runner.shapes import (
+    RunnerShapes,
+    memory_plan,
+    missing_kernels,
+    resolve_shapes,
+    with_checked_attention,
+)
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.sharding import Cut, Placement, make_mesh
-from pallas_kernels import KVLayout, linear_misfit, target_platform
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 ALIASES = {"gpu_memory_utilization": "device_memory_fraction"}
@@ -147,7 +152,7 @@ class LLM:
         model_config = _read_config(folder, config)
         config = with_checked_attention(config, model_config, model_config.dtype)
         shapes, plan = _plan(config, model_config)
-        if show_progress and (slow := _slower_for(shapes.layout)) is not None:
+        if show_progress and (slow := missing_kernels(shapes.layout)) is not None:
             print(f"jaxpaged: {slow}", file=sys.stderr)
         put = None if mesh is None else Placement(mesh, _cut(config, model_config)).put
         self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
@@ -470,16 +475,6 @@ def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes
     weight_bytes = sum(math.prod(cut.part_shape(path, spec.shape)) * itemsize for path, spec in specs.items())
     plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
     return shapes, plan
-
-
-def _slower_for(layout: KVLayout) -> str | None:
-    """What to install for the compiled CPU kernels, where they would be used and there is no compiler; else None."""
-    if target_platform() != "cpu" or layout.implementation is not None or layout.row.name == "native_cpu":
-        return None
-    reason = linear_misfit("native_cpu", "float32")
-    if reason is None or "is installed" not in reason:  # one that fails has warned
-        return None
-    return f"the compiled CPU kernel {reason}: plain XLA runs instead, slower; install one, as with `apt install g++`"
 
 
 def _cut(config: EngineConfig, model_config: ModelConfig) -> Cut:

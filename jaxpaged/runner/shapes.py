@@ -16,7 +16,7 @@ from jaxpaged.runner.input_batch import Attending, PackedLayout, RowTables
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
 from jaxpaged.sharding import HeadCounts, cut_heads
-from pallas_kernels import KVLayout, target_platform
+from pallas_kernels import KVLayout, linear_misfit, target_platform
 from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 from pallas_kernels.self_check import self_check
 
@@ -163,6 +163,16 @@ def with_checked_attention(engine_config: EngineConfig, model_config: ModelConfi
         stacklevel=2,
     )
     return replace(engine_config, attention_implementation=FALLBACK)
+
+
+def missing_kernels(layout: KVLayout) -> str | None:
+    """What to install for the compiled CPU kernels, where they would be used and there is no compiler; else None."""
+    if target_platform() != "cpu" or layout.implementation is not None or layout.row.name == "native_cpu":
+        return None
+    reason = linear_misfit("native_cpu", "float32")
+    if reason is None or "is installed" not in reason:  # one that fails has warned
+        return None
+    return f"the compiled CPU kernel {reason}: plain XLA runs instead, slower; install one, as with `apt install g++`"
 
 
 def memory_plan(
