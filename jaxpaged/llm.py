@@ -409,8 +409,8 @@ class LLM:
             if not isinstance(one, (SamplingParams, BeamSearchParams)):
                 place = f"params of prompt {index}" if len(many) > 1 else "params"
                 raise ValueError(
-                    f"{place}: {one!r} is not a SamplingParams or BeamSearchParams: give one for all prompts, or one per "
-                    "prompt"
+                    f"{place}: {one!r} is not a SamplingParams or BeamSearchParams: give one for all prompts, or one "
+                    "per prompt"
                 )
         return many
 

@@ -16,7 +16,7 @@ def reachable_buckets(
     samples that end one by one. Otherwise prompts and decodes mix, and any step up to their sum may come.
     """
     prompts = [scheduler.prompt_steps(group) for group in groups]
-    num_decodes = sum(group.request.params.n for group in groups if group.request.max_tokens > 1)
+    num_decodes = sum(group.request.num_sequences for group in groups if group.request.max_tokens > 1)
     if len(groups) == 1:
         return buckets.of_steps([(*step, 1) for step in prompts[0]], num_decodes)
     lengths = [group.request.num_prompt_tokens for group in groups]
@@ -26,9 +26,9 @@ def reachable_buckets(
         # blocks that were found in the prefix cache may be evicted by the first of the prompts
         totals = range(least, sum(lengths) + 1) if least < sum(lengths) else (least,)
         return buckets.of_steps([(total, num_logits, len(groups)) for total in totals], num_decodes)
-    samples = [group.request.params.n for group in groups]
+    samples = [group.request.num_sequences for group in groups]
     if can_run_out_of_blocks:  # what is computed again has its outputs in it
-        lengths = [(group.request.num_prompt_tokens + group.request.max_tokens) * group.request.params.n
+        lengths = [(group.request.num_prompt_tokens + group.request.max_tokens) * group.request.num_sequences
                    for group in groups]  # fmt: skip
     num_prompt_logits = sum(
         group.request.num_prompt_tokens - 1 for group in groups if group.request.params.prompt_logprobs is not None
@@ -46,6 +46,6 @@ def _start_together(
         all(len(steps) == 1 for steps in prompts)
         and sum(lengths) <= limits.max_num_batched_tokens
         and sum(logits for steps in prompts for _, logits in steps) <= limits.max_num_logits
-        and sum(group.request.params.n for group in groups) <= limits.max_num_seqs
+        and sum(group.request.num_sequences for group in groups) <= limits.max_num_seqs
         and len(set(first_blocks)) == len(first_blocks)
     )
