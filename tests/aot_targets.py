@@ -1,6 +1,7 @@
 """Devices that are not here and can be compiled for, and what is compiled there: the cache of an 8B Llama."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -59,3 +60,15 @@ def cache_of_8b_llama(device: Device, num_layers: int) -> tuple[Any, ...]:
 def num_bytes(tree: Any) -> int:
     """Of all arrays, or shapes of arrays, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def made_like(cache: jax.ShapeDtypeStruct, text: str) -> list[str]:
+    """The instructions of a compiled TPU program that make an array of a layer cache's shape, or of its kernel's view.
+
+    The view is that of mosaic_tpu_write.py.
+    """
+    *leading, block_size, num_lanes = cache.shape
+    num_blocks, num_parts = (*leading, 1)[:2]
+    view = (num_blocks, num_parts, block_size // 8, num_lanes // 128, 8, 1, 128)
+    shapes = "|".join(",".join(map(str, shape)) for shape in (cache.shape, view))
+    return re.findall(rf" = \(?\w+\[(?:{shapes})\]\S* ([\w-]+)\(", text)

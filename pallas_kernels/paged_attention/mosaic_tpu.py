@@ -1,7 +1,7 @@
 """Paged attention for TPU: what surrounds the Pallas kernel (mosaic_tpu_kernel.py; the cache: mosaic_tpu_layout.py).
 
-New keys and values are scattered by XLA first; then one call of the kernel attends the decodes and one the tiles, each
-with as many programs as there is work, none at times.
+One call writes the new keys and values into their slots (mosaic_tpu_write.py); when all of them are there, one attends
+the decodes and one the tiles. Each has as many programs as there is work, none at times.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,15 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     LaneGroups,
     output_heads,
     query_rows,
-    write,
+    token_rows,
 )
+from pallas_kernels.paged_attention.mosaic_tpu_write import SLOT_BYTES, write_rows
 from pallas_kernels.paged_attention.padding import pad_to, round_up
 from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
 
 MAX_SCALAR_BYTES = 960 * 2**10
-"""Block tables and tiles are read from scalar memory: 1 MiB on v5e and v6e, of which the compiler takes some KiB."""
+"""Block tables, tiles and slots are read from scalar memory: 1 MiB on v5e and v6e, of which the compiler takes some
+KiB."""
 MAX_VMEM_BYTES = 96 * 2**20
 """Most vector memory a call may ask for, of the 128 MiB of v5e and v6e."""
 VMEM_SPARE_BYTES = 16 * 2**20
@@ -60,6 +62,12 @@ def _check_scalars(metadata: AttentionMetadata, block_size: int) -> None:
             f"block tables of {num_seqs} sequences with {blocks_per_seq} blocks of {block_size} tokens, and "
             f"{num_tiles} tiles, take {scalar_bytes} bytes of scalar memory, which has room for {MAX_SCALAR_BYTES}: "
             "use larger blocks, fewer or shorter sequences, or implementation='xla'"
+        )
+    num_tokens = metadata.slot_mapping.shape[0]
+    if SLOT_BYTES * num_tokens > MAX_SCALAR_BYTES:
+        raise ValueError(
+            f"the slots of {num_tokens} tokens take {SLOT_BYTES * num_tokens} bytes of scalar memory, which has room "
+            f"for {MAX_SCALAR_BYTES}: use fewer tokens a step, or implementation='xla'"
         )
 
 
@@ -163,7 +171,8 @@ def attend(
     blocks_per_seq = metadata.block_tables.shape[1]
     _check_scalars(metadata, block_size)
     groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    kv = write(kv, key, value, metadata.slot_mapping, groups)
+    new_rows = token_rows(key, value, kv.dtype, groups)
+    kv = write_rows(kv, new_rows, metadata.slot_mapping, metadata.query_starts[-1])
 
     is_words = kv.dtype == jnp.uint32
     tile_shape = KernelShape(

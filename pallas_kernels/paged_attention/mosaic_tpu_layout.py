@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from pallas_kernels.paged_attention.padding import pad_to, round_up
 
@@ -119,15 +119,16 @@ def _bits(array: Array) -> Array:
     return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
 
 
-def write(kv: Array, key: Array, value: Array, slot_mapping: Int[Array, "tokens"], groups: LaneGroups) -> Array:
-    """The cache with each token's key and value in its slot. Padding tokens share slot 0: no unique_indices here."""
-    block_size = kv.shape[-2]
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    if kv.dtype == jnp.uint32:
-        words = _bits(key) | _bits(value) << 16
-        return kv.at[blocks, offsets].set(_to_lanes(words, groups, jnp), mode="drop")
-    rows = jnp.stack([_to_lanes(array.astype(kv.dtype), groups, jnp) for array in (key, value)], axis=1)
-    return kv.at[blocks, :, offsets].set(rows, mode="drop")
+def token_rows(
+    key: Shaped[Array, "tokens kv_heads head_dim"],
+    value: Shaped[Array, "tokens kv_heads head_dim"],
+    dtype: jnp.dtype,
+    groups: LaneGroups,
+) -> Shaped[Array, "tokens parts lanes"]:
+    """Keys and values as a layer cache of `dtype` has them in a slot: one row of words, or a row of each."""
+    if dtype == jnp.uint32:
+        return _to_lanes(_bits(key) | _bits(value) << 16, groups, jnp)[:, None]
+    return jnp.stack([_to_lanes(array.astype(dtype), groups, jnp) for array in (key, value)], axis=1)
 
 
 def query_rows(

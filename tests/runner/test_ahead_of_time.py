@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import pytest
-from aot_targets import H200, NUM_BLOCKS, V5E, V6E, Device, name_of, num_bytes
+from aot_targets import H200, NUM_BLOCKS, V5E, V6E, Device, made_like, name_of, num_bytes
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.models.config import ModelConfig
@@ -24,12 +24,14 @@ class Expectation:
 
     kernel: str
     max_temp_bytes: dict[int, int]
-    """By tokens of the step, 4 layers; logits go out, so queries, outputs and partial outputs are the largest."""
-    temp_bytes_per_layer: int
-    """More for each layer beyond 4: measured, not understood."""
+    """By tokens of the step; logits go out, so queries, outputs and partial outputs are the largest."""
+    tuple_bytes: int
+    """More for each tuple of buffers in the program, which asynchronous copies and fusions of several results have.
+
+    On TPU a tuple's few pointers take 16 KiB to themselves, which are counted twice."""
 
 
-ON_TPU = Expectation("mosaic_tpu", {64: 16 * MIB, 512: 16 * MIB}, 3 * MIB // 2)
+ON_TPU = Expectation("mosaic_tpu", {64: MIB, 512: 3 * MIB}, 2 * 16 * 2**10)
 EXPECTED = {"v5e": ON_TPU, "v6e": ON_TPU, "H200": Expectation("mosaic_gpu", {64: 16 * MIB, 512: 64 * MIB}, 0)}
 """By name of the device."""
 
@@ -70,15 +72,21 @@ def test_the_step_of_an_8b_llama_compiles_with_its_cache_in_place(device, num_la
     donated = [step.arguments[position] for position in step.donate]
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= num_bytes(donated)
-    expected = EXPECTED[device.name]
-    more_layers = (num_layers - 4) * expected.temp_bytes_per_layer
-    assert memory.temp_size_in_bytes <= expected.max_temp_bytes[num_tokens] + more_layers
+    expected, text = EXPECTED[device.name], program.as_text()
+    # by number of layers, what XLA:TPU fetches ahead of them; arrays are in turn in the same memory
+    num_tuples = sum(map(len, re.findall(r" = (\(+)", text[text.index("\nENTRY") :])))
+    assert memory.temp_size_in_bytes <= expected.max_temp_bytes[num_tokens] + num_tuples * expected.tuple_bytes
     caches = jax.tree.leaves(step.arguments[1])
-    assert len(caches) == num_layers * (1 if device.platform == "tpu" else 2)
-    shape = ",".join(map(str, caches[0].shape))
-    made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
-    assert made.count("scatter") == len(caches)
-    assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
+    if device.platform == "tpu":
+        made, write, others = made_like(caches[0], text), "custom-call", {"parameter", "bitcast", "get-tuple-element"}
+        assert len(caches) == num_layers
+    else:
+        shape = ",".join(map(str, caches[0].shape))
+        made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", text)
+        write, others = "scatter", {"parameter", "fusion", "get-tuple-element", "bitcast"}
+        assert len(caches) == 2 * num_layers
+    assert made.count(write) == len(caches)
+    assert set(made) <= {write} | others, set(made)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels of Pallas join command buffers from jax 0.11 on")
