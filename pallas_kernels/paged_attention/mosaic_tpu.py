@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,6 +18,7 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     LANES,
     SUBLANES,
     LaneGroups,
+    logical_dtype,
     output_heads,
     query_rows,
     token_rows,
@@ -153,7 +155,7 @@ def attend(
     query: Float[Array, "tokens q_heads head_dim"],
     key: Float[Array, "tokens kv_heads head_dim"],
     value: Float[Array, "tokens kv_heads head_dim"],
-    kv: Array,
+    kv: Any,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -161,31 +163,34 @@ def attend(
     soft_cap: float | None,
     sinks: Float[Array, "q_heads"] | None,
     launch: Launch | None = None,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], Array]:
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Any]:
     """The op as `api.paged_attention` defines it. Raises ValueError where scalar or vector memory is too small.
 
     `launch` None takes `launch_for`.
     """
     num_tokens, num_q_heads, head_dim = query.shape
-    num_kv_heads, block_size = key.shape[1], kv.shape[-2]
+    (cache,) = jax.tree.leaves(kv)
+    num_kv_heads, block_size = key.shape[1], cache.shape[-2]
     blocks_per_seq = metadata.block_tables.shape[1]
     _check_scalars(metadata, block_size)
     groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    new_rows = token_rows(key, value, kv.dtype, groups)
-    kv = write_rows(kv, new_rows, metadata.slot_mapping, metadata.query_starts[-1])
+    dtype = logical_dtype(kv)
+    new_rows = token_rows(key, value, dtype, groups)
+    cache = write_rows(cache, new_rows, metadata.slot_mapping, metadata.query_starts[-1])
+    kv = jax.tree.map(lambda _: cache, kv)
 
-    is_words = kv.dtype == jnp.uint32
+    # products of numbers of bfloat16, which quantized ones are too, are exact in float32: so nothing is lost unless
+    # queries bring more digits
+    is_exact = dtype != jnp.float32 and query.dtype == jnp.bfloat16
     tile_shape = KernelShape(
-        num_groups=groups.count,
-        group_lanes=groups.lanes,
         rows_per_token=groups.heads * (num_q_heads // num_kv_heads),
         token_rows=round_up(metadata.tile_size, SUBLANES),
         block_size=block_size,
         blocks_per_seq=blocks_per_seq,
         chunk_blocks=metadata.key_chunk_tokens // block_size,
-        is_words=is_words,
-        # products of bfloat16 numbers are exact in float32, so nothing is lost unless queries bring more digits
-        dtype=jnp.dtype(jnp.bfloat16 if is_words and query.dtype == jnp.bfloat16 else jnp.float32),
+        groups=groups,
+        cache_dtype=dtype,
+        dtype=jnp.dtype(jnp.bfloat16 if is_exact else jnp.float32),
         scale=scale,
         window=window,
         soft_cap=soft_cap,
@@ -194,7 +199,7 @@ def attend(
     if launch is None:
         launch = launch_for(
             ShapeClass(
-                implementation="mosaic_tpu", dtype="bfloat16" if is_words else "float32", head_dim=head_dim,
+                implementation="mosaic_tpu", dtype=dtype.name, head_dim=head_dim,
                 block_size=block_size, num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads,
             )  # fmt: skip
         )
@@ -202,12 +207,12 @@ def attend(
     decode_blocks = min(max(decode_tokens // block_size, 1), blocks_per_seq)
     decode_shape = replace(tile_shape, token_rows=1, chunk_blocks=decode_blocks)
     rows = query_rows(query, groups)
-    decoded = output_heads(_attend_decodes(rows, kv, metadata, decode_shape, groups, sinks), groups, num_q_heads)
+    decoded = output_heads(_attend_decodes(rows, cache, metadata, decode_shape, groups, sinks), groups, num_q_heads)
     token = jnp.arange(num_tokens)[:, None, None]
     output = jnp.where(token < metadata.num_decodes, decoded, jnp.zeros((), query.dtype))
     if not metadata.tile_sequences.shape[0]:
         return output, kv
 
-    tiled = output_heads(_attend_tiles(rows, kv, metadata, tile_shape, groups, sinks), groups, num_q_heads)
+    tiled = output_heads(_attend_tiles(rows, cache, metadata, tile_shape, groups, sinks), groups, num_q_heads)
     is_tiled = (token >= metadata.num_decodes) & (token < metadata.query_starts[-1])
     return jnp.where(is_tiled, tiled, output), kv

@@ -26,8 +26,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.paged_attention.mosaic_tpu_layout import LANES, SUBLANES
+from pallas_kernels.paged_attention.mosaic_tpu_layout import LANES, SUBLANES, LaneGroups
+from pallas_kernels.paged_attention.mosaic_tpu_quantized import (
+    scales_by_head,
+    scales_of_rows,
+    stored_keys_and_values,
+)
 from pallas_kernels.paged_attention.padding import round_up
+from pallas_kernels.paged_attention.quantization import is_quantized
 
 MASKED = -1e30
 """Score of a key that is not seen: finite, so that a difference of two of them is 0 and not NaN."""
@@ -37,10 +43,7 @@ MASKED = -1e30
 class KernelShape:
     """All that is static about a call."""
 
-    num_groups: int
-    """Lane groups of the cache."""
-    group_lanes: int
-    """Lanes of one of them, a multiple of 128."""
+    groups: LaneGroups
     rows_per_token: int
     """Query heads of one lane group."""
     token_rows: int
@@ -49,14 +52,28 @@ class KernelShape:
     blocks_per_seq: int
     chunk_blocks: int
     """Blocks of a chunk."""
-    is_words: bool
-    """Keys and values are the halves of one word (bfloat16); otherwise a block holds keys, then values (float32)."""
+    cache_dtype: jnp.dtype
+    """Logical dtype of the cache."""
     dtype: jnp.dtype
     """Of the operands of both products; sums are float32."""
     scale: float
     window: int | None
     soft_cap: float | None
     has_sinks: bool
+
+    @property
+    def num_groups(self) -> int:
+        """Lane groups of the cache."""
+        return self.groups.count
+
+    @property
+    def group_lanes(self) -> int:
+        """Lanes of one of them, a multiple of 128."""
+        return self.groups.lanes
+
+    @property
+    def is_quantized(self) -> bool:
+        return is_quantized(self.cache_dtype)
 
     @property
     def chunk_tokens(self) -> int:
@@ -86,7 +103,9 @@ class KernelShape:
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token."""
-        return self.num_groups * self.group_lanes * (4 if self.is_words else 8)
+        if self.is_quantized:
+            return 4 * (self.groups.word_lanes + self.groups.scale_lanes)
+        return self.num_groups * self.group_lanes * (8 if self.cache_dtype == jnp.float32 else 4)
 
     @property
     def buffer_bytes(self) -> int:
@@ -149,7 +168,9 @@ def _keys_and_values(
     """One lane group of the chunk in `slot`, as operands."""
     lanes = slice(group * shape.group_lanes, (group + 1) * shape.group_lanes)
     rows = (shape.chunk_tokens, shape.group_lanes)
-    if not shape.is_words:
+    if shape.is_quantized:
+        return stored_keys_and_values(shape.groups, shape.cache_dtype, shape.dtype, buffer.at[slot], group)
+    if shape.cache_dtype == jnp.float32:
         keys, values = buffer[slot, :, 0, :, lanes], buffer[slot, :, 1, :, lanes]
         return keys.reshape(rows).astype(shape.dtype), values.reshape(rows).astype(shape.dtype)
     words = buffer[slot, :, :, lanes].reshape(rows)
@@ -177,9 +198,13 @@ def _attend_chunk(
     is_seen = key_position <= position
     if shape.window is not None:
         is_seen &= key_position > position - shape.window
+    scales: Any = scales_by_head(shape.groups, buffer.at[slot]) if shape.is_quantized else None
+    by_row = partial(scales_of_rows, shape.groups, shape.group_rows, shape.rows_per_token, shape.token_rows, scales)
     for group in range(shape.num_groups):
         keys, values = _keys_and_values(shape, buffer, slot, group)
         scores = product(query(group), keys, (((1,), (1,)), ((), ()))) * shape.scale
+        if shape.is_quantized:
+            scores = scores * by_row(group, is_of_values=False)
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
         scores = jnp.where(is_seen, scores.reshape(by_token), MASKED).reshape(scores.shape)
@@ -190,6 +215,8 @@ def _attend_chunk(
         shrink = jnp.exp(before - now)
         highest[group] = now
         total[group] = total[group] * shrink + weights.sum(axis=1, keepdims=True)
+        if shape.is_quantized:
+            weights = weights * by_row(group, is_of_values=True)
         weighted[group] = weighted[group] * shrink + product(
             weights.astype(shape.dtype), values, (((1,), (0,)), ((), ()))
         )

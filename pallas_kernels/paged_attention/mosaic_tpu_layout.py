@@ -3,6 +3,11 @@
 Layer cache, bfloat16: one array of words uint32 [blocks, block_size, lanes]; the key is the low half of a word, the
 value the high half, so that one copy brings both. float32: one array [blocks, 2, block_size, lanes], keys first.
 
+int8 and float8_e4m3fn: a tuple of one array of words [blocks, block_size, word lanes + scale lanes], int32 and uint32.
+Of the lanes that bfloat16 would have, the first half (in whole groups of 128) are the lower half words, the others the
+upper ones; of a half word the key is the low byte, the value the high one. The bits of the scales stand behind: those
+of the keys of all heads, then those of the values. So a copy brings all of a block, and a slot is one row here too.
+
 The lanes of a token are *lane groups* of 128 (or the next multiple of 128 for longer heads), each holding as many heads
 as fit whole: eight heads of 128 are eight groups, four heads of 64 two, four heads of 8 one. A query row is as wide as
 its group and 0 outside its own head, so that one product serves all heads of a group; of an output row the lanes of its
@@ -22,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 from pallas_kernels.paged_attention.padding import pad_to, round_up
+from pallas_kernels.paged_attention.quantization import Quantized, is_quantized, quantize
 
 LANES, SUBLANES = 128, 8
 """The shape of a register of 32-bit numbers, and of a tile of an array of them."""
@@ -55,16 +61,39 @@ class LaneGroups:
     def count(self) -> int:
         return -(-self.num_kv_heads // self.heads)
 
+    @property
+    def word_lanes(self) -> int:
+        """Lanes of a quantized row that hold keys and values: half of them all."""
+        return round_up(self.count * self.lanes, 2 * LANES) // 2
 
-def cache_shapes(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a layer cache."""
+    @property
+    def scale_lanes(self) -> int:
+        """Lanes of a quantized row that hold its scales."""
+        return round_up(2 * self.num_kv_heads, LANES)
+
+
+WORDS = {"int8": jnp.dtype(jnp.int32), "float8_e4m3fn": jnp.dtype(jnp.uint32)}
+"""By quantized dtype, of what type its words are: for a cache to tell what it holds."""
+QUANTIZED = {words: dtype for dtype, words in WORDS.items()}
+
+
+def cache_shapes(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Any:
+    """Shapes and dtypes of a layer cache."""
     groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
+    if is_quantized(dtype):
+        row = (block_size, groups.word_lanes + groups.scale_lanes)
+        return (jax.ShapeDtypeStruct((num_blocks, *row), WORDS[jnp.dtype(dtype).name]),)
     row = (block_size, groups.count * groups.lanes)
     if dtype == jnp.bfloat16:
         return jax.ShapeDtypeStruct((num_blocks, *row), jnp.uint32)
     return jax.ShapeDtypeStruct((num_blocks, 2, *row), dtype)
+
+
+def logical_dtype(kv: Any) -> jnp.dtype:
+    """The logical dtype of a layer cache."""
+    if isinstance(kv, tuple):
+        return jnp.dtype(QUANTIZED[kv[0].dtype])
+    return jnp.dtype(jnp.bfloat16 if kv.dtype == jnp.uint32 else kv.dtype)
 
 
 def _to_lanes(heads: Any, groups: LaneGroups, numpy: Any) -> Any:
@@ -83,22 +112,52 @@ def _from_lanes(lanes: np.ndarray, groups: LaneGroups) -> np.ndarray:
     return heads[..., : groups.num_kv_heads, : groups.head_dim]
 
 
-def pack(key: np.ndarray, value: np.ndarray) -> np.ndarray:
+def _bits(array: Any, numpy: Any) -> Any:
+    """The bits of an array, as uint32."""
+    unsigned = {1: numpy.uint8, 2: numpy.uint16, 4: numpy.uint32}[array.dtype.itemsize]
+    bits = array.view(unsigned) if numpy is np else lax.bitcast_convert_type(array, unsigned)
+    return bits.astype(numpy.uint32)
+
+
+def _quantized_rows(key: Quantized, value: Quantized, groups: LaneGroups, numpy: Any) -> Any:
+    """Rows [..., word lanes + scale lanes] of heads [..., kv_heads, head_dim] and their scales."""
+    dtype = WORDS[jnp.dtype(key.stored.dtype).name]
+    halves = _bits(key.stored, numpy) | _bits(value.stored, numpy) << 8
+    halves = pad_to(_to_lanes(halves, groups, numpy), -1, 2 * groups.word_lanes, numpy)
+    words = halves[..., : groups.word_lanes] | halves[..., groups.word_lanes :] << 16
+    scales = numpy.concatenate([_bits(key.scales, numpy), _bits(value.scales, numpy)], -1)
+    rows = numpy.concatenate([words, pad_to(scales, -1, groups.scale_lanes, numpy)], -1)
+    return rows.view(dtype) if numpy is np else lax.bitcast_convert_type(rows, dtype)
+
+
+def pack(key: Any, value: Any) -> Any:
     """A layer cache from keys and values [blocks, block_size, kv_heads, head_dim]."""
+    if isinstance(key, Quantized):
+        groups = LaneGroups(num_kv_heads=key.stored.shape[2], head_dim=key.stored.shape[3])
+        return (_quantized_rows(key, value, groups, np),)
     groups = LaneGroups(num_kv_heads=key.shape[2], head_dim=key.shape[3])
     if key.dtype == jnp.bfloat16:
-        low, high = (array.view(np.uint16).astype(np.uint32) for array in (key, value))
-        return _to_lanes(low | high << np.uint32(16), groups, np)
+        return _to_lanes(_bits(key, np) | _bits(value, np) << 16, groups, np)
     return np.stack([_to_lanes(array, groups, np) for array in (key, value)], axis=1)
 
 
-def unpack(kv: np.ndarray, num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def unpack(kv: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] of a layer cache."""
     groups = LaneGroups(num_kv_heads=num_kv_heads, head_dim=head_dim)
+    if isinstance(kv, tuple):
+        (rows,) = kv
+        dtype, rows = jnp.dtype(QUANTIZED[rows.dtype]), rows.view(np.uint32)
+        words = rows[..., : groups.word_lanes]
+        lanes = np.concatenate([words & 0xFFFF, words >> 16], -1)[..., : groups.count * groups.lanes]
+        halves = _from_lanes(lanes, groups)
+        key, value = ((halves >> shift).astype(np.uint8).view(dtype) for shift in (0, 8))
+        scales = np.ascontiguousarray(rows[..., groups.word_lanes :]).view(np.float32)
+        of_keys, of_values = scales[..., :num_kv_heads], scales[..., num_kv_heads : 2 * num_kv_heads]
+        return Quantized(key, of_keys), Quantized(value, of_values)
     if kv.dtype == np.uint32:
         words = _from_lanes(kv, groups)
-        halves = (words.astype(np.uint16), (words >> np.uint32(16)).astype(np.uint16))
-        return halves[0].view(jnp.bfloat16), halves[1].view(jnp.bfloat16)
+        parts = (words.astype(np.uint16), (words >> 16).astype(np.uint16))
+        return parts[0].view(jnp.bfloat16), parts[1].view(jnp.bfloat16)
     return _from_lanes(kv[:, 0], groups), _from_lanes(kv[:, 1], groups)
 
 
@@ -107,16 +166,12 @@ def misfits(num_kv_heads: int, head_dim: int, block_size: int, dtype: str) -> li
     reasons = []
     if block_size % SUBLANES:
         reasons.append(f"needs a block size that is a multiple of {SUBLANES}, not {block_size}")
-    block = cache_shapes(1, block_size, num_kv_heads, head_dim, jnp.dtype(dtype))
+    (block,) = jax.tree.leaves(cache_shapes(1, block_size, num_kv_heads, head_dim, jnp.dtype(dtype)))
     if block.size * 4 > MAX_BLOCK_BYTES:
         reasons.append(
             f"needs blocks of at most {MAX_BLOCK_BYTES} bytes, not {block.size * 4}, as two must fit in vector memory"
         )
     return reasons
-
-
-def _bits(array: Array) -> Array:
-    return lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
 
 
 def token_rows(
@@ -125,10 +180,14 @@ def token_rows(
     dtype: jnp.dtype,
     groups: LaneGroups,
 ) -> Shaped[Array, "tokens parts lanes"]:
-    """Keys and values as a layer cache of `dtype` has them in a slot: one row of words, or a row of each."""
-    if dtype == jnp.uint32:
-        return _to_lanes(_bits(key) | _bits(value) << 16, groups, jnp)[:, None]
-    return jnp.stack([_to_lanes(array.astype(dtype), groups, jnp) for array in (key, value)], axis=1)
+    """Keys and values as a layer cache of a logical dtype has them in a slot: one row of words, or a row of each."""
+    if is_quantized(dtype):
+        rows = _quantized_rows(quantize(key, dtype, jnp), quantize(value, dtype, jnp), groups, jnp)
+        return rows[:, None]
+    key, value = key.astype(dtype), value.astype(dtype)
+    if dtype == jnp.bfloat16:
+        return _to_lanes(_bits(key, jnp) | _bits(value, jnp) << 16, groups, jnp)[:, None]
+    return jnp.stack([_to_lanes(array, groups, jnp) for array in (key, value)], axis=1)
 
 
 def query_rows(

@@ -18,6 +18,7 @@ from kernel_targets import TARGETS, Target, check_equals_the_reference, tpu_inte
 from pallas_kernels import AttentionMetadata, KVLayout, lowering_for, make_metadata, paged_attention
 from pallas_kernels.aot import TPU_TOPOLOGIES, compile_for_tpu, missing_for_tpu
 from pallas_kernels.cases import CASES, BatchCase
+from pallas_kernels.paged_attention.quantization import is_quantized
 
 (TARGET,) = (target for target in TARGETS if target.name == "mosaic_tpu")
 interpreted = pytest.mark.skipif(jax.default_backend() == "tpu", reason="a TPU is here: nothing is interpreted")
@@ -56,7 +57,7 @@ def test_equals_the_reference_when_copies_happen_at_once(case: BatchCase) -> Non
     check_equals_the_reference(case, eager)
 
 
-@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("bfloat16", 19)])
+@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("bfloat16", 19), ("int8", None)])
 def test_a_token_in_tiles_is_bit_equal_in_any_row_company_chunking_and_block_size(
     dtype: str, window: int | None
 ) -> None:
@@ -89,7 +90,7 @@ def test_a_token_in_tiles_is_bit_equal_in_any_row_company_chunking_and_block_siz
                 joined = np.concatenate([story[row, first:end] for row, first, end in new])
                 padded = np.full((num_tokens, *joined.shape[1:]), np.nan, np.float32)
                 padded[: len(joined)] = joined
-                arrays.append(jnp.asarray(padded, jnp.dtype(dtype)))
+                arrays.append(jnp.asarray(padded, jnp.dtype("bfloat16" if is_quantized(dtype) else dtype)))
             output, cache = attend(*arrays, cache, metadata)
             output = np.asarray(output.astype(jnp.float32))
             begin = 0
@@ -169,7 +170,8 @@ def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_lay
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == num_layers * num_blocks * layout.block_bytes
     assert memory.temp_size_in_bytes <= temp_bytes
-    made = made_like(layout.shapes(num_blocks), program.as_text())
+    (cache,) = jax.tree.leaves(layout.shapes(num_blocks))
+    made = made_like(cache, program.as_text())
     assert made.count("custom-call") == num_layers, "new keys and values of each layer are written"
     assert set(made) <= {"parameter", "custom-call", "get-tuple-element", "bitcast"}, set(made)
     for kernel in ("write", "decodes", "tiles"):
@@ -186,6 +188,15 @@ def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_lay
         (9, 3, 64, 16, "bfloat16"),
         (8, 1, 256, 32, "bfloat16"),
         (12, 12, 64, 128, "float32"),
+        (32, 8, 128, 16, "int8"),
+        (9, 3, 64, 16, "float8_e4m3fn"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (32, 8, 128, 16, "float8_e4m3fn"), (8, 1, 128, 8, "int8"), (8, 1, 256, 32, "float8_e4m3fn"),
+                (32, 32, 80, 64, "int8"), (64, 8, 64, 32, "int8"),
+            )
+        ),
         *(
             pytest.param(*case, "bfloat16", marks=pytest.mark.slow)
             for case in (
@@ -202,7 +213,8 @@ def test_compiles_for_a_tpu_and_writes_in_place(
     with lowering_for("tpu", "TPU v5 lite"):
         layout = KVLayout(num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
         assert layout.row.name == "mosaic_tpu"
-        step = shapes(layout, num_q_heads, num_blocks=CACHE_BYTES // layout.block_bytes)
+        dtype = "bfloat16" if is_quantized(dtype) else dtype
+        step = shapes(layout, num_q_heads, num_blocks=CACHE_BYTES // layout.block_bytes, dtype=dtype)
         attend = partial(paged_attention, scale=head_dim**-0.5)
         program = compile_for_tpu(attend, *step, topology=topology, donate=3)
         # queries and outputs of tiles, for 64 tokens and a tile: 4 MiB each at most in these shapes
