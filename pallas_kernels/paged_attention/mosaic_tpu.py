@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.mosaic_tpu_kernel import KernelShape, attend_decodes, attend_tiles
+from pallas_kernels.paged_attention.mosaic_tpu_kernel import attend_decodes, attend_tiles
 from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     LANES,
     SUBLANES,
@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.mosaic_tpu_layout import (
     query_rows,
     token_rows,
 )
+from pallas_kernels.paged_attention.mosaic_tpu_shape import KernelShape
 from pallas_kernels.paged_attention.mosaic_tpu_write import SLOT_BYTES, write_rows
 from pallas_kernels.paged_attention.padding import pad_to, round_up
 from pallas_kernels.paged_attention.tuning import ShapeClass, tuned_sizes
