@@ -28,9 +28,11 @@ from pallas_kernels import AttentionCase, KVLayout, lowering_for, make_metadata,
 from pallas_kernels.cases import CASES, BatchCase, HeadShape, make_batch, with_options
 from pallas_kernels.paged_attention.api import find
 from pallas_kernels.paged_attention.metadata import KEY_CHUNK_TOKENS, TILE_SIZE
+from pallas_kernels.paged_attention.quantization import is_quantized
 from pallas_kernels.paged_attention.tuning import Sizes
 
 DTYPE = "bfloat16"
+"""Of queries, and of keys and values where a case does not say that they are stored as bytes."""
 TOLERANCE = 1e-2
 """Of the comparison with the reference: bfloat16 rounds the output to 8 bits."""
 COPY_BYTES = 2**31
@@ -48,11 +50,14 @@ class DeviceCase:
     context: int
     num_new: int = 1
     block_size: int = 16
+    dtype: str = DTYPE
+    """Of the cache."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all keys and values in use."""
-        return 2 * self.batch * self.context * self.heads.num_kv_heads * self.heads.head_dim * 2
+        """Of all keys and values in use, with their scales where they have any."""
+        head_bytes = self.heads.head_dim * jnp.dtype(self.dtype).itemsize + (4 if is_quantized(self.dtype) else 0)
+        return 2 * self.batch * self.context * self.heads.num_kv_heads * head_bytes
 
     @property
     def flops(self) -> int:
@@ -61,15 +66,20 @@ class DeviceCase:
         return 4 * self.batch * seen * self.heads.num_q_heads * self.heads.head_dim
 
 
-def _decode(batch: int, context: int, heads: HeadShape, block_size: int = 16) -> DeviceCase:
+def _decode(batch: int, context: int, heads: HeadShape, block_size: int = 16, dtype: str = DTYPE) -> DeviceCase:
     group = heads.num_q_heads // heads.num_kv_heads
-    name = f"decode {batch} x {context}, group {group}, block {block_size}"
-    return DeviceCase(name=name, heads=heads, batch=batch, context=context, block_size=block_size)
+    name = f"decode {batch} x {context}, group {group}, block {block_size}" + told(dtype)
+    return DeviceCase(name=name, heads=heads, batch=batch, context=context, block_size=block_size, dtype=dtype)
 
 
-def _prefill(batch: int, context: int, num_new: int) -> DeviceCase:
-    name = f"prefill {batch} x {num_new}" + ("" if num_new == context else f" behind {context - num_new}")
-    return DeviceCase(name=name, heads=GROUP_4, batch=batch, context=context, num_new=num_new)
+def _prefill(batch: int, context: int, num_new: int, dtype: str = DTYPE) -> DeviceCase:
+    name = f"prefill {batch} x {num_new}" + ("" if num_new == context else f" behind {context - num_new}") + told(dtype)
+    return DeviceCase(name=name, heads=GROUP_4, batch=batch, context=context, num_new=num_new, dtype=dtype)
+
+
+def told(dtype: str) -> str:
+    """A dtype in a name, where it is not the usual one."""
+    return "" if dtype == DTYPE else f", {dtype}"
 
 
 GROUP_1, GROUP_4, GROUP_8 = (HeadShape(*shape) for shape in ((32, 32, 128), (32, 8, 128), (64, 8, 128)))
@@ -84,10 +94,16 @@ DEVICE_CASES = (
     *(_prefill(1, length, length) for length in (512, 2048, 8192)),
     _prefill(4, 2048, 2048),
     _prefill(1, 8192, 512),
+    *(_decode(batch, context, GROUP_4, dtype="int8") for batch, context in ((1, 32_768), (32, 4096), (128, 4096))),
+    _decode(32, 4096, GROUP_4, 64, "int8"),
+    _decode(32, 4096, GROUP_4, dtype="float8_e4m3fn"),
+    _prefill(1, 2048, 2048, "int8"),
 )
-"""What is timed: the heads of Llama-3.1-8B, of its 70B relative (8 queries a head) and of multi-head attention."""
+"""What is timed: the heads of Llama-3.1-8B, of its 70B relative (8 queries a head) and of multi-head attention; of the
+first also some caches of bytes."""
 SMALL_CASES = (
     DeviceCase(name="decode 3 x 40", heads=HeadShape(4, 2, 64), batch=3, context=40),
+    DeviceCase(name="decode 3 x 40, int8", heads=HeadShape(4, 2, 64), batch=3, context=40, dtype="int8"),
     DeviceCase(name="prefill 1 x 20", heads=HeadShape(4, 2, 64), batch=1, context=20, num_new=20),
 )
 """For a machine without an accelerator: they prove that the bench runs, and their times say nothing."""
@@ -140,7 +156,7 @@ def attend_with(name: str, sizes: Sizes | None) -> Callable[..., tuple[Any, Any]
 
 def largest_error(case: BatchCase, name: str, sizes: Sizes | None = None) -> float:
     """Of an implementation against the reference, which runs on the host's CPU in float32; NaN counts as infinite."""
-    case = with_options(case, dtype=DTYPE, **({} if sizes is None else sizes.tiles))
+    case = with_options(case, dtype=checked_dtype(case), **({} if sizes is None else sizes.tiles))
 
     def outputs(implementation: str) -> np.ndarray:
         batch = make_batch(case, implementation)
@@ -156,10 +172,15 @@ def largest_error(case: BatchCase, name: str, sizes: Sizes | None = None) -> flo
     return float(np.nan_to_num(np.abs(found - truth), nan=np.inf).max())
 
 
-def attention_case(heads: HeadShape, block_size: int) -> AttentionCase:
+def checked_dtype(case: BatchCase) -> str:
+    """Caches of bytes are checked as they are, all others in the dtype that is timed."""
+    return case.dtype if is_quantized(case.dtype) else DTYPE
+
+
+def attention_case(heads: HeadShape, block_size: int, dtype: str = DTYPE) -> AttentionCase:
     """The case as the rule that picks sees it."""
     return AttentionCase(
-        num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim, block_size=block_size, dtype=DTYPE,
+        num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim, block_size=block_size, dtype=dtype,
         num_q_heads=heads.num_q_heads,
     )  # fmt: skip
 
@@ -171,18 +192,23 @@ def check(names: Sequence[str], cases: Sequence[BatchCase] = CASES) -> dict[str,
         row = find(name)
         for case in cases:
             with interpreting(name):
-                reasons = misfits(row, attention_case(case.heads, case.block_size))
+                reasons = misfits(row, attention_case(case.heads, case.block_size, checked_dtype(case)))
             if not reasons:
                 error = largest_error(case, name)
                 if error > TOLERANCE:
-                    told = f"{name} is wrong by {error:.3g} on the case {case.name!r}"
-                    raise ValueError(f"{told}: its times mean nothing")
+                    fault = f"{name} is wrong by {error:.3g} on the case {case.name!r}"
+                    raise ValueError(f"{fault}: its times mean nothing")
                 errors[name] = max(errors.get(name, 0.0), error)
     return errors
 
 
 def _random_leaf(shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    """Normal numbers, as bfloat16 or as the bits of one or two of them in a word."""
+    """Normal numbers, as bfloat16, as the bits of one or two of them in a word, or as bytes; scales are like them."""
+    if shape.dtype == jnp.int8:
+        return jax.random.randint(key, shape.shape, -127, 128, jnp.int8)
+    if shape.dtype.itemsize == 1:
+        numbers = jax.random.normal(key, shape.shape, jnp.bfloat16).astype(jnp.float8_e4m3fn)
+        return jax.lax.bitcast_convert_type(numbers, shape.dtype)
     if jnp.issubdtype(shape.dtype, jnp.floating):
         return jax.random.normal(key, shape.shape, shape.dtype)
     num_halves = shape.dtype.itemsize // 2
@@ -240,8 +266,8 @@ def our_caches(name: str, case: DeviceCase, num_layers: int) -> list[Any]:
     """A cache of random keys and values for each layer."""
     _, num_blocks = _tables(case)
     layout = KVLayout(
-        num_kv_heads=case.heads.num_kv_heads, head_dim=case.heads.head_dim, block_size=case.block_size, dtype=DTYPE,
-        implementation=name,
+        num_kv_heads=case.heads.num_kv_heads, head_dim=case.heads.head_dim, block_size=case.block_size,
+        dtype=case.dtype, implementation=name,
     )  # fmt: skip
     leaves, tree = jax.tree.flatten(layout.shapes(num_blocks))
     fill = jax.jit(lambda key: [_random_leaf(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)])
@@ -348,6 +374,8 @@ def race(
         if name in PEERS:
             make = {"contiguous": contiguous, "jax_paged": jax_paged}[name]
             try:
+                if case.dtype != DTYPE:
+                    raise NotImplementedError(f"is given keys and values as {DTYPE} alone")
                 with jax.numpy_dtype_promotion("standard"):  # which the code of others counts on
                     timed[name] = times_ms(make(case, num_layers), num_layers, repeats)
             except Exception as error:  # whatever a peer raises is why it has no time
@@ -355,7 +383,7 @@ def race(
         else:
             row = find(name)
             with interpreting(name):
-                reasons = misfits(row, attention_case(case.heads, case.block_size))
+                reasons = misfits(row, attention_case(case.heads, case.block_size, case.dtype))
                 if reasons:
                     skipped[name] = "; ".join(reasons)
                 else:
@@ -386,7 +414,7 @@ def measure(
                 f"{ceiling_ms / median:7.0%}{compile_s:11.1f}", flush=True,
             )  # fmt: skip
             rows.append({
-                "case": case.name, "implementation": name, "ms": median, "ms_min": min(times),
+                "case": case.name, "dtype": case.dtype, "implementation": name, "ms": median, "ms_min": min(times),
                 "ceiling_ms": ceiling_ms, "fraction_of_ceiling": ceiling_ms / median, "compile_s": compile_s,
             })  # fmt: skip
         for name, reason in skipped.items():
@@ -394,5 +422,5 @@ def measure(
             not_timed.append({"case": case.name, "implementation": name, "because": reason})
     return {
         "largest_errors": errors, "copy_bytes_per_s": bandwidth, "matmul_flops_per_s": rate,
-        "num_layers": num_layers, "dtype": DTYPE, "is_small": is_small, "rows": rows, "not_timed": not_timed,
+        "num_layers": num_layers, "is_small": is_small, "rows": rows, "not_timed": not_timed,
     }  # fmt: skip

@@ -38,11 +38,13 @@ from bench.device_kernels import (
     largest_error,
     our_caches,
     our_program,
+    told,
 )
 from bench.record import describe_run, note, write_result
 from pallas_kernels import misfits, pick
 from pallas_kernels.cases import HEAD_SHAPES, MIXED, BatchCase, HeadShape
 from pallas_kernels.paged_attention.api import find
+from pallas_kernels.paged_attention.quantization import LARGEST
 from pallas_kernels.paged_attention.tuning import (
     LAUNCHES,
     Entry,
@@ -109,6 +111,8 @@ class Plan:
 
     heads: HeadShape
     block_size: int
+    dtype: str = DTYPE
+    """Of the cache."""
     decodes: tuple[tuple[int, int], ...] = ((1, 8192), (8, 4096), (32, 4096), (256, 1024))
     """(batch, context)."""
     prefills: tuple[tuple[int, int], ...] = ((1, 2048), (4, 2048))
@@ -117,12 +121,13 @@ class Plan:
     def name(self) -> str:
         heads = self.heads
         group = heads.num_q_heads // heads.num_kv_heads
-        return f"{heads.num_kv_heads} heads of {heads.head_dim}, group {group}, block {self.block_size}"
+        name = f"{heads.num_kv_heads} heads of {heads.head_dim}, group {group}, block {self.block_size}"
+        return name + told(self.dtype)
 
     def shape(self, implementation: str) -> ShapeClass:
         heads = self.heads
         return ShapeClass(
-            implementation=implementation, dtype=DTYPE, head_dim=heads.head_dim, block_size=self.block_size,
+            implementation=implementation, dtype=self.dtype, head_dim=heads.head_dim, block_size=self.block_size,
             num_kv_heads=heads.num_kv_heads, group=heads.num_q_heads // heads.num_kv_heads,
         )  # fmt: skip
 
@@ -130,7 +135,7 @@ class Plan:
         return [
             DeviceCase(
                 name=f"{batch} x {context}", heads=self.heads, batch=batch, context=context,
-                num_new=context if is_for_prefills else 1, block_size=self.block_size,
+                num_new=context if is_for_prefills else 1, block_size=self.block_size, dtype=self.dtype,
             )  # fmt: skip
             for batch, context in (self.prefills if is_for_prefills else self.decodes)
         ]
@@ -140,8 +145,9 @@ class Plan:
         chunk = max(128, self.block_size)
         return tuple(
             BatchCase(
-                name="", heads=self.heads, sequences=sequences, block_size=self.block_size, key_chunk_tokens=chunk
-            )
+                name="", heads=self.heads, sequences=sequences, block_size=self.block_size, key_chunk_tokens=chunk,
+                dtype=self.dtype,
+            )  # fmt: skip
             for sequences in (((2100, 1), (700, 1), (1, 1), (65, 1)), MIXED)
         )
 
@@ -152,8 +158,9 @@ PLANS = (
     Plan(GROUP_1, 16),
     Plan(HEAD_SHAPES["gpt-oss-20b"], 16),
     Plan(HEAD_SHAPES["tinyllama"], 16),
+    *(Plan(GROUP_4, 16, dtype) for dtype in LARGEST),
 )
-SMALL_PLANS = (Plan(HeadShape(4, 2, 64), 16, ((3, 40),), ((1, 20),)),)
+SMALL_PLANS = (Plan(HeadShape(4, 2, 64), 16, DTYPE, ((3, 40),), ((1, 20),)),)
 SMALL_SEARCH = (Size("launch", "max_decode_chunk_tokens", (16, 1024)),)
 
 
@@ -268,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in args.implementations:
         for plan in chosen:
             with interpreting(name):
-                reasons = misfits(find(name), attention_case(plan.heads, plan.block_size))
+                reasons = misfits(find(name), attention_case(plan.heads, plan.block_size, plan.dtype))
                 if reasons:
                     left_out.append({"class": plan.name, "implementation": name, "because": "; ".join(reasons)})
                     print(f"{plan.name:<36}{name}: not tuned, {'; '.join(reasons)}", flush=True)
@@ -280,8 +287,8 @@ def main(arguments: Sequence[str]) -> int:
             entries.append(Entry(plan.shape(name), sizes, measured))
             if path is not None:
                 write_entries(path, kind, entries[-1:])
-    told = "nothing was written" if path is None else f"written to {path}"
-    print(f"{len(entries)} classes tuned, {told}")
+    where = "nothing was written" if path is None else f"written to {path}"
+    print(f"{len(entries)} classes tuned, {where}")
     result = {"bench": "tune", **record, "device": kind, "jax": jax.__version__, "is_interpreted": is_small}
     result |= {"entries": [entry.as_json() for entry in entries], "rows": rows, "not_tuned": left_out}
     write_result(result, None)

@@ -97,7 +97,9 @@ def _attend_mosaic_tpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
 
 def _mosaic_gpu_misfits(case: AttentionCase) -> list[str]:
     capability = case.compute_capability if case.platform in GPU_PLATFORMS else mosaic_gpu_layout.COMPUTE_CAPABILITY
-    return mosaic_gpu_layout.misfits(case.num_kv_heads, case.num_q_heads, case.head_dim, case.block_size, capability)
+    return mosaic_gpu_layout.misfits(
+        case.num_kv_heads, case.num_q_heads, case.head_dim, case.block_size, case.dtype, capability
+    )
 
 
 def _attend_mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Any, Any]:
@@ -138,7 +140,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="mosaic_gpu",
         summary="Pallas kernels for Hopper GPUs: bulk copies, matrix instructions, split decodes; default there",
         platforms=GPU_PLATFORMS,
-        dtypes=("bfloat16",),
+        dtypes=("bfloat16", *QUANTIZED),
         misfits=_mosaic_gpu_misfits,
         cache_shapes=mosaic_gpu_layout.cache_shapes,
         pack=mosaic_gpu_layout.pack,
@@ -149,7 +151,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         name="triton_gpu",
         summary="Pallas kernels for CUDA GPUs from Ampere on, by Triton, which jax has deprecated; after mosaic_gpu",
         platforms=GPU_PLATFORMS,
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", *QUANTIZED),
         misfits=_triton_gpu_misfits,
         # one layout for both, so that either reads a cache made for the other
         cache_shapes=mosaic_gpu_layout.cache_shapes,

@@ -1,4 +1,4 @@
-"""Paged attention for Hopper GPUs: what surrounds the Pallas kernels (decodes: mosaic_gpu_kernel.py, tiles:
+"""Paged attention for Hopper GPUs: what surrounds the Pallas kernels (decodes: mosaic_gpu_decodes.py, tiles:
 mosaic_gpu_tiles.py; the cache: mosaic_gpu_layout.py).
 
 New keys and values are scattered by XLA first. Decodes are cut along their keys into items of about equal work (split
@@ -15,21 +15,20 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.gpu_items import cut_into_items
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
+from pallas_kernels.paged_attention.mosaic_gpu_chunk import (
     LOG2_E,
     MASKED,
     MAX_STAGES,
     ROWS,
     SMEM_BYTES,
     KernelShape,
-    attend_decodes,
-    merge_items,
 )
+from pallas_kernels.paged_attention.mosaic_gpu_decodes import attend_decodes, merge_items
 from pallas_kernels.paged_attention.mosaic_gpu_layout import (
     DECODE_CHUNK_TOKENS,
     Cache,
-    chunk_tokens,
     pad_lanes,
+    tile_chunk_tokens,
     write,
 )
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import TileShape, attend_tiles, output_row
@@ -89,7 +88,7 @@ def _attend_decodes(
     padding = (0, shape.group_rows - shape.group)
     rows = rows.reshape(num_seqs, shape.num_kv_heads, shape.group, shape.lanes)
     outputs, sums = attend_decodes(
-        shape, jnp.pad(rows, ((0, 0), (0, 0), padding, (0, 0))), *kv, metadata.block_tables, lens,
+        shape, jnp.pad(rows, ((0, 0), (0, 0), padding, (0, 0))), kv, metadata.block_tables, lens,
         items.sequences, items.first_chunks, items.end_chunks, items.first_items[-1:],
     )  # fmt: skip
     if sinks is None:
@@ -112,9 +111,9 @@ def _attend_tiles(
     query = jnp.pad(query, ((0, tiles.num_tokens - num_tokens), (0, 0), (0, 0)))
     sequences, starts = metadata.tile_sequences, metadata.tile_starts
     positions = metadata.context_lens[sequences] - metadata.query_starts[sequences + 1] + starts
-    shape = shape.with_stages(tiles.compute_warpgroups, SMEM_BYTES)
+    shape = shape.for_tiles(tiles.compute_warpgroups)
     attended = attend_tiles(
-        shape, tiles, launch.num_multiprocessors, query, *kv, sinks, metadata.block_tables, sequences, starts,
+        shape, tiles, launch.num_multiprocessors, query, kv, sinks, metadata.block_tables, sequences, starts,
         positions, metadata.tile_lens, metadata.num_tiles[None],
     )  # fmt: skip
     # the tile of a token: the last one that does not start behind it
@@ -138,22 +137,22 @@ def attend(
     sinks: Float[Array, "q_heads"] | None,
     launch: Launch | None = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
-    """The op as `api.paged_attention` defines it. Queries are rounded to bfloat16, as keys and values are.
+    """The op as `api.paged_attention` defines it. Queries are rounded to bfloat16, which holds keys and values.
 
     `launch` None takes `launch_for`.
     """
     num_tokens, num_q_heads, head_dim = query.shape
     kv = write(kv, key, value, metadata.slot_mapping)
-    _, num_kv_heads, block_size, lanes = kv[0].shape
+    dtype, (_, num_kv_heads, block_size, lanes) = kv[0].dtype, kv[0].shape
     group = num_q_heads // num_kv_heads
     if launch is None:
         launch = launch_for(
             ShapeClass(
-                implementation="mosaic_gpu", dtype=kv[0].dtype.name, head_dim=head_dim, block_size=block_size,
+                implementation="mosaic_gpu", dtype=dtype.name, head_dim=head_dim, block_size=block_size,
                 num_kv_heads=num_kv_heads, group=group,
             )  # fmt: skip
         )
-    rows = pad_lanes(query.astype(jnp.bfloat16), jnp)
+    rows = pad_lanes(query.astype(jnp.bfloat16), dtype, jnp)
     shape = KernelShape(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -164,14 +163,15 @@ def attend(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        stored=dtype,
         is_interpreted=launch.is_interpreted,
     )
-    decode_shape = shape.with_stages(1, SMEM_BYTES // launch.programs_per_multiprocessor, launch.max_decode_stages)
+    decode_shape = shape.for_decodes(SMEM_BYTES // launch.programs_per_multiprocessor, launch.max_decode_stages)
     decoded = _attend_decodes(decode_shape, launch, rows, kv, metadata, sinks)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     decoded = decoded.at[token].get(mode="clip")
     if metadata.tile_sequences.shape[0]:
-        shape = replace(shape, chunk=chunk_tokens(head_dim, soft_cap is not None))
+        shape = replace(shape, chunk=tile_chunk_tokens(head_dim, dtype, soft_cap is not None))
         tiled = _attend_tiles(shape, launch, rows, kv, metadata, sinks)
     else:
         tiled = jnp.zeros_like(decoded)

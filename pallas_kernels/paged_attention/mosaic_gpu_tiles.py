@@ -1,5 +1,7 @@
 """The Hopper kernel for chunk tiles: one warpgroup brings keys and values, one or two others attend 64 rows each.
 
+The first also makes bfloat16 of bytes, while the others compute: these see the same matrices whatever is stored.
+
 A *row block* is 64 tokens of one query head, read where they stand; both warpgroups take heads of one key-value head,
 where there are two, and so the same keys. The programs are as many as the device has multiprocessors; each takes every
 n-th piece of work, and the keys of the next are on their way while it still computes the one before.
@@ -15,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
+from pallas_kernels.paged_attention.mosaic_gpu_chunk import (
     COMPILER_PARAMS,
     LOG2_E,
     MASKED,
@@ -24,18 +26,32 @@ from pallas_kernels.paged_attention.mosaic_gpu_kernel import (
     KernelShape,
     Partial,
     Ref,
+    Side,
     add_chunk,
     block_ids,
     clear_stale_rows,
+    clear_stale_scales,
+    column_wise,
+    convert,
     load_uncoalesced,
     nothing,
+    read_scales,
     row_wise,
     score,
     start_copies,
 )
+from pallas_kernels.paged_attention.mosaic_gpu_layout import Cache
 
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-"""Of the 512 that a thread of each of 3 warpgroups and its mates of the others have together."""
+
+def registers(shape: KernelShape) -> tuple[int, int]:
+    """Of a thread of the two warpgroups that compute and of the one that copies, which have 504 for three together.
+
+    Each is what compiled for an H200 without spilling, or with the least: block ids and the conversion of bytes take
+    those of the one that copies, heads of more than 128 lanes those of the others.
+    """
+    if shape.is_quantized:
+        return (184, 136) if shape.lanes <= 128 else (216, 72)
+    return (232, 40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +99,7 @@ def attend_tiles(
     tiles: TileShape,
     num_programs: int,
     queries: Float[Array, "tokens q_heads lanes"],
-    keys: Float[Array, "blocks kv_heads block_size lanes"],
-    values: Float[Array, "blocks kv_heads block_size lanes"],
+    kv: Cache,
     sinks: Float[Array, "q_heads"] | None,
     block_tables: Int[Array, "seqs blocks_per_seq"],
     tile_sequences: Int[Array, "tiles"],
@@ -98,14 +113,15 @@ def attend_tiles(
     `tile_positions` are the positions of the tiles' first tokens.
     """
     num_warpgroups, stages, chunk = tiles.compute_warpgroups, shape.stages, shape.chunk
+    compute_registers, copy_registers = registers(shape)
     output_type = jax.ShapeDtypeStruct((tile_sequences.shape[0] * tiles.rows, *queries.shape[1:]), queries.dtype)
     has_sinks = sinks is not None
     sink_array = jnp.zeros(1, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
 
     def body(
-        queries: Ref, keys: Ref, values: Ref, sinks: Ref, tables: Ref, sequences: Ref, starts: Ref, positions: Ref,
-        lens: Ref, num_tiles: Ref, outputs: Ref, query_buffers: Ref, key_stages: Ref, value_stages: Ref,
-        key_barriers: Ref, value_barriers: Ref, keys_used: Ref, values_used: Ref, cleared: Ref,
+        queries: Ref, kv: Side, sinks: Ref, tables: Ref, sequences: Ref, starts: Ref, positions: Ref, lens: Ref,
+        num_tiles: Ref, outputs: Ref, *, query_buffers: Ref, key_stages: Side, value_stages: Side, key_barriers: Ref,
+        value_barriers: Ref, keys_used: Ref, values_used: Ref, cleared: Ref, byte_sides: Any,
     ) -> None:  # fmt: skip
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
         num_work = num_tiles[0] * (shape.num_kv_heads * tiles.parts)
@@ -119,7 +135,7 @@ def attend_tiles(
         @pl.when(warpgroup < num_warpgroups)
         def _attend() -> None:
             if num_warpgroups == 2:
-                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                plgpu.set_max_registers(compute_registers, action="increase")
             query = query_buffers.at[warpgroup]
 
             def attend_work(number: Array, num_turns: Array) -> Array:
@@ -149,20 +165,28 @@ def attend_tiles(
                 def turn(index: Array, partial: Partial) -> Partial:
                     slot = lax.rem(num_turns + index - now.first_chunk, jnp.int32(stages))
                     plgpu.barrier_wait(key_barriers.at[slot])
-                    scores = score(shape, query, key_stages.at[slot])
+                    key_scales = read_scales(key_stages[1].at[slot]) if shape.is_quantized else None
+                    scores = score(shape, query, key_stages[0].at[slot], key_scales)
                     plgpu.barrier_arrive(keys_used.at[slot])
                     is_whole = (index >= now.whole_start) & (index < now.whole_end)
                     scores = lax.cond(is_whole, lambda scores: scores, lambda scores: mask(index, scores), scores)
 
-                    def await_values() -> None:
+                    def await_values(weights: Array) -> tuple[Array, Ref]:
+                        if shape.is_quantized:
+                            plgpu.barrier_wait(value_barriers.at[slot])
+                            scales = read_scales(value_stages[1].at[slot])
+                            return (weights * column_wise(scales)).astype(jnp.bfloat16), value_stages[0].at[slot]
+                        weights = weights.astype(jnp.bfloat16)
                         plgpu.barrier_wait(value_barriers.at[slot])
 
                         @pl.when((index + 1) * chunk > now.end)
                         def _clear() -> None:
                             start = index * chunk
-                            clear(value_stages.at[slot], now.first_key - start, now.end - start)
+                            clear(value_stages[0].at[slot], now.first_key - start, now.end - start)
 
-                    partial = add_chunk(shape, partial, scores, value_stages.at[slot], await_values)
+                        return weights, value_stages[0].at[slot]
+
+                    partial = add_chunk(shape, partial, scores, await_values)
                     plgpu.barrier_arrive(values_used.at[slot])
                     return partial
 
@@ -202,7 +226,17 @@ def attend_tiles(
         @pl.when(warpgroup == num_warpgroups)
         def _bring() -> None:
             if num_warpgroups == 2:
-                plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+                plgpu.set_max_registers(copy_registers, action="decrease")
+
+            sides = (
+                (kv[0::2], key_stages, key_barriers, keys_used),
+                (kv[1::2], value_stages, value_barriers, values_used),
+            )
+
+            def await_room(used: Ref, count: Array) -> None:
+                @pl.when(count >= stages)
+                def _() -> None:
+                    plgpu.barrier_wait(used.at[lax.rem(count, jnp.int32(stages))])
 
             def bring_work(number: Array, num_turns: Array) -> Array:
                 now = work(number)
@@ -215,25 +249,58 @@ def attend_tiles(
                     count = num_turns + index - now.first_chunk
                     slot = lax.rem(count, jnp.int32(stages))
                     next_ids = ids_of(index + 1)
-
-                    def bring(source: Ref, stage: Ref, barriers: Ref, used: Ref) -> None:
-                        @pl.when(count >= stages)
-                        def _() -> None:
-                            plgpu.barrier_wait(used.at[slot])
-
-                        start_copies(shape, source, stage.at[slot], barriers.at[slot], ids, now.head, index)
-
-                    bring(keys, key_stages, key_barriers, keys_used)
-                    bring(values, value_stages, value_barriers, values_used)
+                    for source, targets, arrived, used in sides:
+                        await_room(used, count)
+                        at_slot = tuple(target.at[slot] for target in targets)
+                        start_copies(shape, source, at_slot, arrived.at[slot], ids, now.head, index)
                     return next_ids
 
-                lax.fori_loop(now.first_chunk, now.last_chunk, turn, ids_of(now.first_chunk))
-                return num_turns + now.last_chunk - now.first_chunk
+                def fetch_bytes(index: Array, ids: tuple[Array, ...]) -> None:
+                    slot = lax.rem(num_turns + index - now.first_chunk, jnp.int32(shape.byte_stages))
+                    for (source, *_), (stored, arrived) in zip(sides, byte_sides, strict=True):
+                        at_slot = tuple(stage.at[slot] for stage in stored)
+                        start_copies(shape, source, at_slot, arrived.at[slot], ids, now.head, index)
+
+                def fetch_first(index: Array, carry: None) -> None:
+                    fetch_bytes(index, ids_of(index))
+
+                def turn_of_bytes(index: Array, carry: None) -> None:
+                    count = num_turns + index - now.first_chunk
+                    slot = lax.rem(count, jnp.int32(stages))
+                    byte_slot = lax.rem(count, jnp.int32(shape.byte_stages))
+                    # a load takes less than what follows
+                    next_ids = ids_of(index + shape.byte_stages)
+                    for (_, targets, filled, used), (stored, arrived) in zip(sides, byte_sides, strict=True):
+                        plgpu.barrier_wait(arrived.at[byte_slot])
+                        await_room(used, count)
+                        scales, start = read_scales(stored[1].at[byte_slot]), index * chunk
+                        scales = clear_stale_scales(shape, scales, now.first_key - start, now.end - start)
+                        targets[1].at[slot][...] = scales
+                        convert(shape, stored[0].at[byte_slot], targets[0].at[slot])
+                        plgpu.barrier_arrive(filled.at[slot])
+
+                    @pl.when(index + shape.byte_stages < now.last_chunk)
+                    def _fetch() -> None:
+                        fetch_bytes(index + shape.byte_stages, next_ids)
+
+                first, end = now.first_chunk, now.last_chunk
+                if shape.is_quantized:
+                    lax.fori_loop(first, jnp.minimum(first + shape.byte_stages, end), fetch_first, None)
+                    lax.fori_loop(first, end, turn_of_bytes, None)
+                else:
+                    lax.fori_loop(first, end, turn, ids_of(first))
+                return num_turns + end - first
 
             lax.fori_loop(0, num_mine, bring_work, jnp.int32(0))
 
-    stage = shape.matrices(stages, chunk, shape.lanes)
-    filled = plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies_per_chunk)
+    if shape.is_quantized:
+        stage: Side = (shape.matrices(stages, chunk, shape.lanes), plgpu.SMEM((stages, chunk), jnp.float32))
+        arrived = plgpu.Barrier(num_barriers=shape.byte_stages, num_arrivals=shape.side_copies)
+        byte_sides: tuple[Any, ...] = ((shape.side(shape.byte_stages), arrived),) * 2
+        num_filling = 1
+    else:
+        stage, byte_sides, num_filling = shape.side(stages), (), shape.side_copies
+    filled = plgpu.Barrier(num_barriers=stages, num_arrivals=num_filling)
     used = plgpu.Barrier(num_barriers=stages, num_arrivals=num_warpgroups)
     return plgpu.kernel(
         body,
@@ -242,20 +309,20 @@ def attend_tiles(
         grid_names=("program",),
         num_threads=num_warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(
-            shape.matrices(num_warpgroups, ROWS, shape.lanes),
-            stage,
-            stage,
-            filled,
-            filled,
-            used,
-            used,
-            plgpu.Barrier(num_arrivals=num_warpgroups),
-        ),
+        scratch_types={
+            "query_buffers": shape.matrices(num_warpgroups, ROWS, shape.lanes),
+            "key_stages": stage,
+            "value_stages": stage,
+            "key_barriers": filled,
+            "value_barriers": filled,
+            "keys_used": used,
+            "values_used": used,
+            "cleared": plgpu.Barrier(num_arrivals=num_warpgroups),
+            "byte_sides": byte_sides,
+        },
         compiler_params=COMPILER_PARAMS,
     )(
-        queries, keys, values, sink_array, block_tables, tile_sequences, tile_starts, tile_positions, tile_lens,
-        num_tiles,
+        queries, kv, sink_array, block_tables, tile_sequences, tile_starts, tile_positions, tile_lens, num_tiles
     )  # fmt: skip
 
 

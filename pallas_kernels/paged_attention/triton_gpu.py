@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.gpu_items import cut_into_items
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu_layout import Cache, pad_lanes, write
+from pallas_kernels.paged_attention.quantization import is_quantized
 from pallas_kernels.paged_attention.triton_gpu_kernel import (
     LOG2_E,
     MASKED,
@@ -52,28 +54,33 @@ def attend(
     sinks: Float[Array, "q_heads"] | None,
     launch: Launch | None = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Cache]:
-    """The op as `api.paged_attention` defines it. Queries are rounded to the dtype of the cache.
+    """The op as `api.paged_attention` defines it. Queries are rounded to the dtype of the cache, or to bfloat16.
 
     `launch` None takes `launch_for`.
     """
     num_q_heads, head_dim = query.shape[1:]
     kv = write(kv, key, value, metadata.slot_mapping)
-    _, num_kv_heads, block_size, lanes = kv[0].shape
+    stored, (_, num_kv_heads, block_size, lanes) = kv[0].dtype, kv[0].shape
     group = num_q_heads // num_kv_heads
     if launch is None:
         launch = launch_for(
             ShapeClass(
-                implementation="triton_gpu", dtype=kv[0].dtype.name, head_dim=head_dim, block_size=block_size,
+                implementation="triton_gpu", dtype=stored.name, head_dim=head_dim, block_size=block_size,
                 num_kv_heads=num_kv_heads, group=group,
             )  # fmt: skip
         )
-    rows = pad_lanes(query.astype(kv[0].dtype), jnp)
+    dtype = jnp.dtype(jnp.bfloat16) if is_quantized(stored) else stored
+    rows = pad_lanes(query.astype(dtype), stored, jnp)
+    read = kv
+    if stored == jnp.float8_e4m3fn:
+        read = (*(lax.bitcast_convert_type(heads, jnp.uint8) for heads in kv[:2]), *kv[2:])
     shape = KernelShape(
         num_kv_heads=num_kv_heads,
         group=group,
         lanes=lanes,
         block_size=block_size,
-        dtype=kv[0].dtype,
+        dtype=dtype,
+        is_quantized=is_quantized(stored),
         scale=scale,
         window=window,
         soft_cap=soft_cap,
@@ -92,14 +99,14 @@ def attend(
         num_items=-(-launch.decode_programs // num_kv_heads),
         min_chunks=launch.min_item_chunks,
     )
-    partials = attend_decodes(decode_shape, launch, rows, *kv, metadata.block_tables, lens, items)
+    partials = attend_decodes(decode_shape, launch, rows, read, metadata.block_tables, lens, items)
     output = merge_items(shape, launch, *partials, sinks, items.first_items, output)
 
     sequences, starts = metadata.tile_sequences, metadata.tile_starts
     if sequences.shape[0]:
         positions = metadata.context_lens[sequences] - metadata.query_starts[sequences + 1] + starts
         output = attend_tiles(
-            shape, launch, metadata.tile_size, rows, *kv, sinks, metadata.block_tables, sequences, starts, positions,
+            shape, launch, metadata.tile_size, rows, read, sinks, metadata.block_tables, sequences, starts, positions,
             metadata.tile_lens, metadata.num_tiles[None], output,
         )  # fmt: skip
     return output[..., :head_dim], kv

@@ -3,7 +3,8 @@
 Keys are read row by row at the addresses that the block table gives, so a block may have any size. Nothing is masked
 when it is read or written, as jax's interpreter cannot do that: instead an index past the end is that of the last row
 that counts. So a stale key or value is never read, and rows past the end repeat the last row and store what it stores.
-All exponentials are powers of two: scores carry a factor log2(e).
+All exponentials are powers of two: scores carry a factor log2(e). Bytes are made bfloat16 where they are used, float8
+from its bits (uint8); their scales go on scores and on weights.
 """
 
 import functools
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.paged_attention.gpu_items import Items
+from pallas_kernels.paged_attention.mosaic_gpu_layout import Cache
 from pallas_kernels.paged_attention.triton_gpu_layout import pieces
 
 LOG2_E = math.log2(math.e)
@@ -70,7 +72,9 @@ class KernelShape:
     """Head dim, padded."""
     block_size: int
     dtype: jnp.dtype
-    """Of the cache."""
+    """Of the matrices that are multiplied: that of the cache, or bfloat16, in which stored bytes are exact."""
+    is_quantized: bool
+    """Whether it is the latter."""
     scale: float
     window: int | None
     soft_cap: float | None
@@ -95,8 +99,8 @@ class KernelShape:
 
     @property
     def num_warps(self) -> int:
-        """Of a program; more have more registers for the sums of long rows."""
-        return 4 if self.lanes * self.dtype.itemsize <= 256 else 8
+        """Of a program; more have more registers for the sums of long rows, and for bytes on their way to bfloat16."""
+        return 4 if self.lanes * self.dtype.itemsize <= (128 if self.is_quantized else 256) else 8
 
 
 @functools.partial(
@@ -129,39 +133,58 @@ def multiply(left: Array, right: Array, contracted: int) -> Float[Array, "rows c
     return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def as_factor(shape: KernelShape, stored: Shaped[Array, "chunk lanes"]) -> Array:
+    """Keys or values in the dtype that is multiplied."""
+    return (decode_float8(stored) if stored.dtype == jnp.uint8 else stored).astype(shape.dtype)
+
+
+def decode_float8(bits: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """What float8_e4m3fn of these bits (uint8) is, NaN apart. By whole numbers: GPUs before 8.9 know no such type."""
+    word = bits.astype(jnp.int32)
+    magnitude = (word & 0x7F) << 20  # exponent and fraction, where float32 has the last 4 bits of the one and its own
+    small = as_float(magnitude + (121 << 23)) - 2.0**-6  # without an exponent, fractions are eighths of 2 ** -6
+    value = jnp.where((word & 0x78) == 0, small, as_float(magnitude + (120 << 23)))
+    return jnp.where(word < 0x80, value, -value)
+
+
+def as_float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def add_chunk(
     shape: KernelShape,
     before: Partial,
     queries: tuple[Float[Array, "rows lanes"], ...],
-    keys: Ref,
-    values: Ref,
+    kv: Cache,
     blocks: Int[Array, "chunk"],
     head: Array,
     offsets: Int[Array, "chunk"],
     is_seen: Bool[Array, "#rows chunk"],
 ) -> Partial:
     """`before` and the keys at `offsets` of `blocks`: the online softmax of FlashAttention (Dao et al. 2022, 3.1)."""
+    keys, values, *scales = kv
     scores = functools.reduce(
         jnp.add,
         [
-            multiply(query, keys[blocks, head, offsets, pl.ds(*piece)], 1)
+            multiply(query, as_factor(shape, keys[blocks, head, offsets, pl.ds(*piece)]), 1)
             for query, piece in zip(queries, shape.pieces, strict=True)
         ],
     )
-    if shape.soft_cap is None:
-        scores = scores * (shape.scale * LOG2_E)
-    else:
+    factor = shape.scale * LOG2_E * (1.0 if shape.soft_cap is None else 2.0 / shape.soft_cap)
+    scores = scores * ((scales[0][blocks, head, offsets] * factor)[None, :] if scales else factor)
+    if shape.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)): CUDA's own has branches, and the registers they took were spilled
-        powers = jnp.exp2(scores * (2.0 * LOG2_E * shape.scale / shape.soft_cap))
-        scores = shape.soft_cap * LOG2_E - (2.0 * LOG2_E * shape.soft_cap) / (powers + 1.0)
+        scores = shape.soft_cap * LOG2_E - (2.0 * LOG2_E * shape.soft_cap) / (jnp.exp2(scores) + 1.0)
     scores = jnp.where(is_seen, scores, MASKED)
     highest = jnp.maximum(before.highest, scores.max(axis=1))
     shrink = jnp.exp2(before.highest - highest)
     weights = jnp.exp2(scores - highest[:, None])
     total = before.total * shrink + weights.sum(axis=1)
+    if scales:
+        weights = weights * scales[1][blocks, head, offsets][None, :]
     weights = weights.astype(shape.dtype)
     weighted = tuple(
-        sums * shrink[:, None] + multiply(weights, values[blocks, head, offsets, pl.ds(*piece)], 0)
+        sums * shrink[:, None] + multiply(weights, as_factor(shape, values[blocks, head, offsets, pl.ds(*piece)]), 0)
         for sums, piece in zip(before.weighted, shape.pieces, strict=True)
     )
     return Partial(weighted, highest, total)
@@ -197,8 +220,7 @@ def attend_decodes(
     shape: KernelShape,
     launch: Launch,
     queries: Float[Array, "tokens q_heads lanes"],
-    keys: Float[Array, "blocks kv_heads block_size lanes"],
-    values: Float[Array, "blocks kv_heads block_size lanes"],
+    kv: Cache,
     block_tables: Int[Array, "seqs blocks_per_seq"],
     context_lens: Int[Array, "seqs"],
     items: Items,
@@ -211,8 +233,8 @@ def attend_decodes(
     rows = shape.rows(shape.group)
 
     def body(
-        queries: Ref, keys: Ref, values: Ref, tables: Ref, lens: Ref, sequences: Ref, first_chunks: Ref,
-        end_chunks: Ref, first_items: Ref, weighted: Ref, highest: Ref, total: Ref,
+        queries: Ref, kv: Cache, tables: Ref, lens: Ref, sequences: Ref, first_chunks: Ref, end_chunks: Ref,
+        first_items: Ref, weighted: Ref, highest: Ref, total: Ref,
     ) -> None:  # fmt: skip
         item, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
@@ -229,7 +251,7 @@ def attend_decodes(
                 position = jnp.clip(column, first_seen, length - 1)
                 blocks, offsets = address(shape, tables, sequence, position)
                 is_seen = (column == position)[None, :]
-                return add_chunk(shape, before, query, keys, values, blocks, head, offsets, is_seen)
+                return add_chunk(shape, before, query, kv, blocks, head, offsets, is_seen)
 
             partial = lax.fori_loop(first_chunks[item], end_chunks[item], turn, nothing(shape, rows))
             write_pieces(shape, weighted, (item, q_heads), partial.weighted)
@@ -243,7 +265,7 @@ def attend_decodes(
         grid=(num_items, shape.num_kv_heads, -(-shape.group // rows)),
         name="attend_decodes",
         **launch.options(launch.decode_warps or shape.num_warps),
-    )(queries, keys, values, block_tables, context_lens, *items)
+    )(queries, kv, block_tables, context_lens, *items)
 
 
 def merge_items(
@@ -307,8 +329,7 @@ def attend_tiles(
     launch: Launch,
     tile_size: int,
     queries: Float[Array, "tokens q_heads lanes"],
-    keys: Float[Array, "blocks kv_heads block_size lanes"],
-    values: Float[Array, "blocks kv_heads block_size lanes"],
+    kv: Cache,
     sinks: Float[Array, "q_heads"],
     block_tables: Int[Array, "seqs blocks_per_seq"],
     tile_sequences: Int[Array, "tiles"],
@@ -327,8 +348,8 @@ def attend_tiles(
     parts = -(-tile_size * shape.group // rows)
 
     def body(
-        queries: Ref, keys: Ref, values: Ref, sinks: Ref, tables: Ref, sequences: Ref, starts: Ref, positions: Ref,
-        lens: Ref, num_tiles: Ref, _: Ref, outputs: Ref,
+        queries: Ref, kv: Cache, sinks: Ref, tables: Ref, sequences: Ref, starts: Ref, positions: Ref, lens: Ref,
+        num_tiles: Ref, _: Ref, outputs: Ref,
     ) -> None:  # fmt: skip
         # late tiles of a sequence come first, as they see most
         program = pl.program_id(0)
@@ -361,7 +382,7 @@ def attend_tiles(
                     if shape.window is not None:
                         is_seen &= column[None, :] > row_position[:, None] - shape.window
                     blocks, offsets = address(shape, tables, sequence, jnp.clip(column, first_seen, end - 1))
-                    return add_chunk(shape, before, query, keys, values, blocks, head, offsets, is_seen)
+                    return add_chunk(shape, before, query, kv, blocks, head, offsets, is_seen)
 
                 chunk = jnp.int32(shape.chunk)
                 first_chunk, end_chunk = lax.div(first_seen, chunk), lax.div(end + (chunk - 1), chunk)
@@ -379,10 +400,9 @@ def attend_tiles(
         body,
         out_shape=jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),
         grid=(tile_sequences.shape[0] * shape.num_kv_heads * parts,),
-        input_output_aliases={10: 0},
+        input_output_aliases={8 + len(kv): 0},
         name="attend_tiles",
         **launch.options(shape.num_warps),
     )(
-        queries, keys, values, sinks, block_tables, tile_sequences, tile_starts, tile_positions, tile_lens, num_tiles,
-        outputs,
+        queries, kv, sinks, block_tables, tile_sequences, tile_starts, tile_positions, tile_lens, num_tiles, outputs
     )  # fmt: skip

@@ -1,14 +1,16 @@
 """Who is timed on which device."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench.device_kernels import DEVICE_CASES, TOLERANCE, DeviceCase, attention_case, check
+from bench.device_kernels import DEVICE_CASES, TOLERANCE, DeviceCase, attention_case, check, our_caches
 from bench.kernels import main, reasons_to_skip
 from bench.tune import PLANS, SEARCHED, with_size
-from pallas_kernels import lowering_for, misfits
+from pallas_kernels import KVLayout, lowering_for, misfits
 from pallas_kernels.cases import BENCH_CASES, CASES, BatchCase, HeadShape, with_options
 from pallas_kernels.paged_attention import tuning
 from pallas_kernels.paged_attention.api import find
@@ -52,12 +54,29 @@ def test_every_case_of_the_bench_is_served_by_the_kernels_of_its_device() -> Non
         row = find(name)
         with lowering_for(platform, kind):
             for case in DEVICE_CASES:
-                assert misfits(row, attention_case(case.heads, case.block_size)) == [], (name, case.name)
+                if case.dtype in row.dtypes:
+                    case_seen = attention_case(case.heads, case.block_size, case.dtype)
+                    assert misfits(row, case_seen) == [], (name, case.name)
+    assert {case.dtype for case in DEVICE_CASES} == {"bfloat16", "int8", "float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["xla", "triton_gpu"])
+def test_random_caches_of_bytes_are_as_they_are_stored_and_finite(name: str, dtype: str) -> None:
+    case = DeviceCase(name="", heads=HeadShape(4, 2, 64), batch=2, context=40, dtype=dtype)
+    with lowering_for(*(("gpu", "NVIDIA H200") if name == "triton_gpu" else ("cpu", "cpu"))):
+        (kv,) = our_caches(name, case, 1)
+        layout = KVLayout(num_kv_heads=2, head_dim=64, block_size=16, dtype=dtype, implementation=name)
+        keys, values = layout.unpack(kv)
+    assert np.isfinite(keys).all()
+    assert np.isfinite(values).all()
+    assert np.abs(keys).max() > 1
 
 
 def test_what_a_case_costs() -> None:
     case = DeviceCase(name="", heads=HeadShape(32, 8, 128), batch=2, context=100)
     assert case.num_bytes == 2 * 100 * 8 * 128 * 2 * 2
+    assert replace(case, dtype="int8").num_bytes == 2 * 100 * 8 * (128 + 4) * 2
     assert case.flops == 2 * 100 * 32 * 128 * 4
     whole = DeviceCase(name="", heads=HeadShape(1, 1, 1), batch=1, context=4, num_new=4)
     assert whole.flops == 4 * (1 + 2 + 3 + 4)

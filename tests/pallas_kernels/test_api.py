@@ -102,15 +102,18 @@ def test_on_a_hopper_gpu_its_kernel_is_picked_where_it_fits() -> None:
     case = replace(CASE, platform="gpu", compute_capability="9.0", dtype="bfloat16")
     assert pick(case).name == "mosaic_gpu"
     assert pick(replace(case, platform="cuda", num_q_heads=128)).name == "mosaic_gpu"
+    for dtype in ("int8", "float8_e4m3fn"):
+        assert pick(replace(case, dtype=dtype, block_size=192)).name == "mosaic_gpu"
     for change, reason in (
         ({"compute_capability": "10.0"}, "needs compute capability 9.0 .*, not 10.0"),
         ({"compute_capability": None}, "needs compute capability 9.0 .*, not an unknown one"),
-        ({"dtype": "float32"}, "keeps keys and values as bfloat16, not float32"),
+        ({"dtype": "float32"}, "keeps keys and values as bfloat16, float8_e4m3fn or int8, not float32"),
         ({"head_dim": 288}, "needs a head dim of at most 256, not 288"),
         ({"num_q_heads": 130}, "needs at most 64 query heads for each key-value head, not 130 for 2"),
         ({"block_size": 24}, "needs a block size of 8, 16, 32, 64 or a multiple of 128, not 24"),
         ({"block_size": 192}, "needs a block size of 8, 16, 32, 64 or a multiple of 128, not 192"),
         ({"block_size": 4}, "not 4, as keys are read 64 and 128 at a time"),
+        ({"block_size": 24, "dtype": "int8"}, "a block size of 8, 16, 32 or a multiple of 64, not 24, .* 64 at a time"),
         ({"platform": "cpu"}, "mosaic_gpu: runs on gpu, cuda, not on cpu$"),
     ):
         assert pick(replace(case, **change)).name in ("triton_gpu", "xla", "native_cpu")
@@ -122,7 +125,7 @@ def test_on_other_cuda_gpus_and_for_float32_the_triton_kernels_are_picked_where_
     case = replace(CASE, platform="gpu", compute_capability="8.0", block_size=24)
     assert "deprecated" in find("triton_gpu").summary
     for capability in ("8.0", "8.9", "9.0", "10.0", "12.1"):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn"):
             assert pick(replace(case, compute_capability=capability, dtype=dtype, num_q_heads=142)).name == "triton_gpu"
     for change, reason in (
         ({"compute_capability": "7.5"}, "triton_gpu: needs compute capability 8.0 or above, not 7.5"),

@@ -135,18 +135,26 @@ MOSAIC, TRITON = (next(one for one in TARGETS if one.name == name) for name in (
 
 
 @pytest.mark.parametrize(
-    ("target", "window"),
-    # interpreted Hopper kernels take 18 s for each
-    [(TRITON, None), (TRITON, 37), (MOSAIC, 37), pytest.param(MOSAIC, None, marks=pytest.mark.slow)],
+    ("target", "window", "dtype"),
+    [
+        (TRITON, None, "bfloat16"),
+        (TRITON, 37, "bfloat16"),
+        (TRITON, None, "int8"),
+        (MOSAIC, 37, "bfloat16"),
+        # interpreted Hopper kernels take 18 s for each
+        pytest.param(MOSAIC, None, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(MOSAIC, None, "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param(MOSAIC, 37, "int8", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_token_in_a_tile_is_bit_equal_in_any_row_company_chunking_and_block_size(
-    target: Target, window: int | None
+    target: Target, window: int | None, dtype: str
 ) -> None:
     """What batch-invariant mode counts on, as it puts decodes into tiles too."""
     length = 80  # more than a chunk of 64 keys
     with target.running():
-        story = Story(target.name, "bfloat16", window, "stories260k")
+        story = Story(target.name, dtype, window, "stories260k")
         alone = story.tell([1], length, [[(0, length)]], block_size=16)[0]
         assert np.isfinite(alone).all()
         assert alone.any()
@@ -158,14 +166,23 @@ def test_a_token_in_a_tile_is_bit_equal_in_any_row_company_chunking_and_block_si
         np.testing.assert_array_equal(in_company, alone, err_msg="in company, block 8")
 
 
-@pytest.mark.parametrize("target", [TRITON, MOSAIC], ids=str)
-def test_a_decode_is_bit_equal_in_company_that_needs_no_longer_items(target: Target) -> None:
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        (TRITON, "bfloat16"),
+        (TRITON, "float8_e4m3fn"),
+        (MOSAIC, "bfloat16"),
+        pytest.param(MOSAIC, "int8", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_decode_is_bit_equal_in_company_that_needs_no_longer_items(target: Target, dtype: str) -> None:
     """Decodes share 16 programs of 4 heads here, so 4 items: two sequences of 2 chunks each leave a chunk an item.
 
     Company that is longer in sum makes items longer, and sums others: `cut_into_items` says from where on.
     """
     with target.running():
-        story = Story(target.name, "bfloat16", heads="stories260k", has_decodes=True)
+        story = Story(target.name, dtype, heads="stories260k", has_decodes=True)
         first, length = 66, 68
         alone = story.tell([1], length, [[(0, first)], [(0, 1)], [(0, 1)]], block_size=16)[0]
         company = [[(0, first)], [(1, first)], [(1, 1), (0, 1)], [(1, 1), (0, 1)]]

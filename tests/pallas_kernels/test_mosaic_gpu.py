@@ -16,6 +16,7 @@ from pallas_kernels import KVLayout, lowering_for, make_metadata, paged_attentio
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
 from pallas_kernels.cases import HEAD_SHAPES, BatchCase
 from pallas_kernels.paged_attention import mosaic_gpu_layout
+from pallas_kernels.paged_attention.quantization import LARGEST, quantize
 
 TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
 
@@ -34,8 +35,9 @@ TARGET = next(target for target in TARGETS if target.name == "mosaic_gpu")
     ],
     ids=lambda case: case.name,
 )  # fmt: skip
-def test_shapes_of_its_own_equal_the_reference(case: BatchCase) -> None:
-    check_equals_the_reference(replace(case, dtype="bfloat16"), TARGET)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shapes_of_its_own_equal_the_reference(case: BatchCase, dtype: str) -> None:
+    check_equals_the_reference(replace(case, dtype=dtype), TARGET)
 
 
 @pytest.mark.slow
@@ -44,22 +46,26 @@ def test_shapes_of_its_own_equal_the_reference(case: BatchCase) -> None:
     [{"decode_chunk_tokens": 128, "programs_per_multiprocessor": 1}, {"max_decode_stages": 2}],
     ids=["chunks of 128", "two stages"],
 )
-def test_sizes_that_may_be_tuned_leave_decodes_as_they_are(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_sizes_that_may_be_tuned_leave_decodes_as_they_are(sizes: dict[str, int], dtype: str) -> None:
     case = BatchCase(
-        name="", heads=HEAD_SHAPES["stories260k"], sequences=((700, 1), (1, 1), (129, 1)), dtype="bfloat16",
+        name="", heads=HEAD_SHAPES["stories260k"], sequences=((700, 1), (1, 1), (129, 1)), dtype=dtype,
         window=500, has_sinks=True,
     )  # fmt: skip
     check_equals_the_reference(case, replace(TARGET, running=partial(gpu_interpreter, **sizes)))
 
 
-def test_tokens_of_the_null_block_write_nothing_and_all_others_their_slot() -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_tokens_of_the_null_block_write_nothing_and_all_others_their_slot(dtype: str) -> None:
     # padding shares slot 0, and a warm-up writes to any slot of the null block, many times to each
     random = np.random.default_rng(0)
-    shapes = mosaic_gpu_layout.cache_shapes(5, 8, 2, 16, jnp.dtype(jnp.bfloat16))
+    shapes = mosaic_gpu_layout.cache_shapes(5, 8, 2, 32, jnp.dtype(dtype))
     slots = np.array([0, 17, 3, 3, 0, 39, 7, 16, 0], np.int32)
-    before = [jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype) for leaf in shapes]
-    new = [jnp.asarray(random.standard_normal((len(slots), 2, 16)), jnp.bfloat16) for _ in range(2)]
+    before = [jnp.asarray(9 * random.standard_normal(leaf.shape), leaf.dtype) for leaf in shapes]
+    new = [jnp.asarray(random.standard_normal((len(slots), 2, 32)), jnp.bfloat16) for _ in range(2)]
     after = jax.jit(mosaic_gpu_layout.write)(tuple(before), *new, slots)
+    if dtype == "int8":
+        new = [leaf for leaves in zip(*(quantize(heads, dtype, jnp) for heads in new), strict=True) for leaf in leaves]
     for old, tokens, cache in zip(before, new, after, strict=True):
         expected = np.array(old)
         for token in (1, 5, 7):
@@ -101,16 +107,19 @@ def check_is_in_place(program: jax.stages.Compiled, layout: KVLayout, *, num_lay
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == num_layers * num_blocks * layout.block_bytes
     assert memory.temp_size_in_bytes <= temp_bytes
-    shape = ",".join(map(str, layout.shapes(num_blocks)[0].shape))
-    made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
-    assert "parameter" in made, "the pattern finds caches"
-    assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
+    for leaf in layout.shapes(num_blocks):
+        shape = ",".join(map(str, leaf.shape))
+        made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
+        assert "parameter" in made, "the pattern finds caches"
+        assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
 
 
 @compiled
-def test_new_keys_and_values_are_written_by_plain_stores(tmp_path: Path) -> None:
-    """16-bit elements of indices that may repeat would be written by compare-and-swap, each in a loop of its own."""
-    cache = mosaic_gpu_layout.cache_shapes(4096, 16, 8, 128, jnp.dtype(jnp.bfloat16))
+@pytest.mark.skipif(not IS_OLD, reason="jax 0.12 keeps to itself what PTX it makes without a device")
+@pytest.mark.parametrize("dtype", ["bfloat16", *LARGEST])
+def test_new_keys_and_values_are_written_by_plain_stores(dtype: str, tmp_path: Path) -> None:
+    """Small elements of indices that may repeat would be written by compare-and-swap, each in a loop of its own."""
+    cache = mosaic_gpu_layout.cache_shapes(4096, 16, 8, 128, jnp.dtype(dtype))
     heads, slots = jax.ShapeDtypeStruct((64, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.int32)
     program = compile_for_h200(
         mosaic_gpu_layout.write, cache, heads, heads, slots, donate=0, compiler_options={"xla_dump_to": str(tmp_path)}
@@ -121,50 +130,65 @@ def test_new_keys_and_values_are_written_by_plain_stores(tmp_path: Path) -> None
     assert not re.findall(r"\b(?:atom|red)\.\S+", text)
 
 
+LLAMA_3_8B = (32, 8, 128)
+
+
 @compiled
 @pytest.mark.parametrize(
-    ("num_q_heads", "num_kv_heads", "head_dim", "block_size", "options", "most_spilled"),
+    ("heads", "block_size", "dtype", "options", "most_spilled"),
     [
-        (32, 8, 128, 16, {}, 0),
-        (9, 3, 64, 64, {"window": 128, "soft_cap": 30.0}, 0),
+        (LLAMA_3_8B, 16, "bfloat16", {}, 0),
+        ((9, 3, 64), 64, "bfloat16", {"window": 128, "soft_cap": 30.0}, 0),
+        (LLAMA_3_8B, 16, "int8", {}, 0),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 # the ids of 16 blocks are too many for the 40 registers of the warpgroup that copies
-                (32, 8, 128, 8, {}, 40),
-                (32, 8, 128, 128, {"window": 4096}, 4 if IS_OLD else 0),
-                (32, 8, 128, 32, {"soft_cap": 30.0}, 0),
-                (64, 8, 64, 16, {"window": 128}, 0),
-                (32, 32, 96, 16, {}, 0),
-                (32, 32, 80, 16, {}, 0),
-                (12, 12, 64, 256, {}, 0),
-                (71, 1, 64, 16, {}, None),
+                (LLAMA_3_8B, 8, "bfloat16", {}, 40),
+                (LLAMA_3_8B, 128, "bfloat16", {"window": 4096}, 4 if IS_OLD else 0),
+                (LLAMA_3_8B, 32, "bfloat16", {"soft_cap": 30.0}, 0),
+                ((64, 8, 64), 16, "bfloat16", {"window": 128}, 0),
+                ((32, 32, 96), 16, "bfloat16", {}, 0),
+                ((32, 32, 80), 16, "bfloat16", {}, 0),
+                ((12, 12, 64), 256, "bfloat16", {}, 0),
+                ((71, 1, 64), 16, "bfloat16", {}, None),
                 # its tile kernel has not enough registers for everything: 88 bytes were the most
-                (8, 1, 256, 16, {}, 128),
-                (8, 1, 256, 16, {"soft_cap": 30.0, "window": 1024}, 128),
+                ((8, 1, 256), 16, "bfloat16", {}, 128),
+                ((8, 1, 256), 16, "bfloat16", {"soft_cap": 30.0, "window": 1024}, 128),
+                (LLAMA_3_8B, 16, "float8_e4m3fn", {"soft_cap": 30.0, "window": 4096}, 0),
+                (LLAMA_3_8B, 8, "float8_e4m3fn", {}, 0),
+                (LLAMA_3_8B, 128, "int8", {"window": 4096}, 0),
+                ((64, 8, 64), 64, "float8_e4m3fn", {"window": 128, "sinks": jnp.zeros(64)}, 0),
+                ((9, 3, 64), 32, "int8", {"soft_cap": 30.0}, 0),
+                ((32, 32, 96), 16, "int8", {}, 0),
+                ((32, 32, 80), 16, "float8_e4m3fn", {}, 0),
+                ((12, 12, 64), 256, "int8", {}, 0),
+                # and of bytes it has scales in them too
+                ((8, 1, 256), 16, "int8", {}, 256),
+                ((8, 1, 256), 64, "float8_e4m3fn", {"soft_cap": 30.0, "window": 1024}, 256),
             )
         ),
     ],
 )
 def test_compiles_for_an_h200_in_place_and_keeps_to_registers(
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    heads: tuple[int, int, int],
     block_size: int,
+    dtype: str,
     options: dict[str, Any],
     most_spilled: int | None,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    num_q_heads, num_kv_heads, head_dim = heads
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     with lowering_for("cuda", "NVIDIA H200"):
-        layout = KVLayout(num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype="bfloat16")
+        layout = KVLayout(num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
         step = shapes(layout, num_q_heads, num_tokens=64, num_seqs=32)
         attend = partial(paged_attention, scale=head_dim**-0.5, **options)
         if most_spilled is None:
             assert layout.row.name == "mosaic_gpu"
             with pytest.raises(ValueError, match="at most 64 query heads"):
-                compile_for_h200(attend, *step, donate=3)
+                compile_for_h200(partial(attend, implementation="mosaic_gpu"), *step, donate=3)
             return
         program = compile_for_h200(attend, *step, donate=3)
         # outputs of items (twice, in float32), of decodes and of tiles

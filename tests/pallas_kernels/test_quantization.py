@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_targets import TARGETS, check_equals_the_reference
 
-from pallas_kernels import KVLayout, copy_blocks, gather_blocks, paged_attention, scatter_blocks
+from pallas_kernels import KVLayout, copy_blocks, gather_blocks, lowering_for, paged_attention, scatter_blocks
 from pallas_kernels.cases import CASES, HEAD_SHAPES, MIXED, BatchCase, make_batch, with_options
 from pallas_kernels.paged_attention.quantization import LARGEST, is_quantized, quantize
 
@@ -81,18 +81,24 @@ def test_outputs_are_near_those_of_a_float32_cache(dtype: str, bound: float) -> 
 
 
 @each_dtype
-@pytest.mark.parametrize("name", ["xla", "reference"])
-def test_blocks_are_copied_with_their_scales(name: str, dtype: str) -> None:
-    layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype, implementation=name)
-    key, value = np.random.default_rng(0).standard_normal((2, 5, 8, 2, 4)).astype(np.float32)
-    kv = layout.pack(key, value)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
-    assert layout.block_bytes == 2 * 8 * 2 * (4 + 4), "a byte for each lane, four for each scale"
-    keys, values = layout.unpack(kv)
-    np.testing.assert_allclose(keys, key, atol=np.abs(key).max() / 16)
-    copied_keys, copied_values = layout.unpack(copy_blocks(kv, jnp.array([1, 2, 0]), jnp.array([4, 1, 0])))
-    np.testing.assert_array_equal(copied_keys, keys[[0, 2, 2, 3, 1]])
-    np.testing.assert_array_equal(copied_values, values[[0, 2, 2, 3, 1]])
-    ids = jnp.array([3, 1])
-    back = scatter_blocks(layout.init(5), ids, gather_blocks(kv, ids))
-    np.testing.assert_array_equal(layout.unpack(back)[1], values * np.isin(np.arange(5), [3, 1])[:, None, None, None])
+@pytest.mark.parametrize(
+    ("name", "platform", "lanes"),
+    # the kernels for GPUs have rows of whole 32 bytes
+    [("xla", "cpu", 4), ("reference", "cpu", 4), ("mosaic_gpu", "gpu", 32), ("triton_gpu", "gpu", 32)],
+)
+def test_blocks_are_copied_with_their_scales(name: str, platform: str, lanes: int, dtype: str) -> None:
+    with lowering_for(platform, "NVIDIA H200" if platform == "gpu" else "cpu"):
+        layout = KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype, implementation=name)
+        key, value = np.random.default_rng(0).standard_normal((2, 5, 8, 2, 4)).astype(np.float32)
+        kv = layout.pack(key, value)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == 5 * layout.block_bytes
+        assert layout.block_bytes == 2 * 8 * 2 * (lanes + 4), "a byte for each lane, four for each scale"
+        keys, values = layout.unpack(kv)
+        np.testing.assert_allclose(keys, key, atol=np.abs(key).max() / 16)
+        copied_keys, copied_values = layout.unpack(copy_blocks(kv, jnp.array([1, 2, 0]), jnp.array([4, 1, 0])))
+        np.testing.assert_array_equal(copied_keys, keys[[0, 2, 2, 3, 1]])
+        np.testing.assert_array_equal(copied_values, values[[0, 2, 2, 3, 1]])
+        ids = jnp.array([3, 1])
+        back = scatter_blocks(layout.init(5), ids, gather_blocks(kv, ids))
+        is_back = np.isin(np.arange(5), [3, 1])[:, None, None, None]
+        np.testing.assert_array_equal(layout.unpack(back)[1], values * is_back)

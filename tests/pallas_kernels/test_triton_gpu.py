@@ -15,7 +15,13 @@ from pallas_kernels import lowering_for, paged_attention
 from pallas_kernels.aot import compile_for_h200, missing_for_h200
 from pallas_kernels.cases import HEAD_SHAPES, BatchCase, HeadShape, make_batch
 from pallas_kernels.paged_attention.gpu_items import cut_into_items
-from pallas_kernels.paged_attention.triton_gpu_kernel import MERGED_AT_ONCE, KernelShape, heads_of_rows, multiply
+from pallas_kernels.paged_attention.triton_gpu_kernel import (
+    MERGED_AT_ONCE,
+    KernelShape,
+    decode_float8,
+    heads_of_rows,
+    multiply,
+)
 from pallas_kernels.paged_attention.triton_gpu_layout import pieces
 
 TARGET = next(target for target in TARGETS if target.name == "triton_gpu")
@@ -37,11 +43,19 @@ def test_rows_of_a_decode_never_leave_their_group(
 ) -> None:
     # programs that write one another's rows are a race, which an interpreter of one after the other does not show
     shape = KernelShape(
-        num_kv_heads=4, group=group, lanes=16, block_size=16, dtype=jnp.dtype(jnp.bfloat16), scale=1.0, window=None,
-        soft_cap=None,
+        num_kv_heads=4, group=group, lanes=16, block_size=16, dtype=jnp.dtype(jnp.bfloat16), is_quantized=False,
+        scale=1.0, window=None, soft_cap=None,
     )  # fmt: skip
     assert shape.rows(group) == rows
     assert heads_of_rows(shape, jnp.int32(head), jnp.int32(part), rows).tolist() == expected
+
+
+def test_float8_is_made_of_its_bits_exactly() -> None:
+    bits = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)  # the others are NaN
+    expected = bits.view(jnp.float8_e4m3fn).astype(np.float32)
+    given = np.asarray(jax.jit(decode_float8)(bits))
+    np.testing.assert_array_equal(given, expected)
+    assert given.max() == 448.0
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
@@ -62,6 +76,8 @@ def test_products_of_float32_are_asked_for_in_full_precision(dtype: str, precisi
         BatchCase(name="block of 24, tiles of 5", heads=HEAD_SHAPES["smollm-135m"], sequences=((50, 1), (49, 26)),
                   block_size=24, key_chunk_tokens=48, tile_size=5, window=30),
         BatchCase(name="heads of 112", heads=HeadShape(2, 1, 112), sequences=((20, 1), (35, 18)), dtype="bfloat16"),
+        BatchCase(name="heads of 112, int8, block of 24", heads=HeadShape(2, 1, 112), sequences=((20, 1), (35, 18)),
+                  block_size=24, key_chunk_tokens=48, dtype="int8"),
         BatchCase(name="more sequences than tokens", heads=HEAD_SHAPES["stories260k"], sequences=((20, 1), (7, 2)),
                   num_padding_tokens=0, num_padding_seqs=9),
     ],
@@ -130,10 +146,11 @@ def check_is_in_place(program: jax.stages.Compiled, kv: Any, *, num_layers: int,
     leaves = jax.tree.leaves(kv)
     assert memory.alias_size_in_bytes == num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert memory.temp_size_in_bytes <= temp_bytes
-    shape = ",".join(map(str, leaves[0].shape))
-    made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
-    assert "parameter" in made, "the pattern finds caches"
-    assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
+    for leaf in leaves:
+        shape = ",".join(map(str, leaf.shape))
+        made = re.findall(rf" = \(?\w+\[{shape}\]\S* ([\w-]+)\(", program.as_text())
+        assert "parameter" in made, "the pattern finds caches"
+        assert set(made) <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}, set(made)
 
 
 @compiled
@@ -143,6 +160,7 @@ def check_is_in_place(program: jax.stages.Compiled, kv: Any, *, num_layers: int,
     [
         (HEAD_SHAPES["llama3-8b"], 16, "bfloat16", {}),
         (HEAD_SHAPES["smollm-135m"], 64, "float32", {"window": 128, "soft_cap": 30.0}),
+        (HEAD_SHAPES["llama3-8b"], 16, "float8_e4m3fn", {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -157,6 +175,11 @@ def check_is_in_place(program: jax.stages.Compiled, kv: Any, *, num_layers: int,
                 (HEAD_SHAPES["gemma-2b"], 16, "bfloat16", {}),
                 (HEAD_SHAPES["gemma-2b"], 16, "float32", {"soft_cap": 30.0, "window": 1024}),
                 (HeadShape(71, 1, 64), 16, "bfloat16", {}),
+                (HEAD_SHAPES["llama3-8b"], 24, "int8", {"window": 4096, "soft_cap": 30.0}),
+                (HEAD_SHAPES["gpt-oss-20b"], 16, "float8_e4m3fn", {"window": 128, "has_sinks": True}),
+                (HEAD_SHAPES["phi-2"], 16, "float8_e4m3fn", {}),
+                (HEAD_SHAPES["phi-3-mini"], 32, "int8", {}),
+                (HEAD_SHAPES["gemma-2b"], 16, "float8_e4m3fn", {"soft_cap": 30.0, "window": 1024}),
             )
         ),
     ],
