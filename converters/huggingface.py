@@ -17,7 +17,7 @@ from converters.rules import TRANSPOSE, Assignment, Ignore, Part, Plan, Row, mak
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import fill, parameter_specs
+from jaxpaged.models.parameters import fill, parameter_specs, place
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import TensorFolder, read_json, remove_dead_partials
 
@@ -66,6 +66,8 @@ class OpenCheckpoint:
     """A checked Hugging Face folder: everything is known but the data."""
 
     config: ModelConfig
+    model: Decoder
+    """With shapes in place of weights."""
     plan: Plan
     tensors: TensorFolder
 
@@ -81,7 +83,9 @@ class OpenCheckpoint:
 
 
 @contextmanager
-def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]:
+def open_checkpoint(
+    source: Path, dtype: str | None, *, max_model_len: int | None = None
+) -> Iterator[OpenCheckpoint]:
     """Check the folder down to the last tensor's shape, and give it open for reading.
 
     ValueError, naming the file and the tensor or attribute, for whatever is not as it should be.
@@ -105,14 +109,15 @@ def open_checkpoint(source: Path, dtype: str | None) -> Iterator[OpenCheckpoint]
             raise ValueError(f"{source / 'config.json'}: {error}") from error
         checkpoint.read_generation_defaults(source)  # a bad one is refused here, not by the one who loads the copy
         config = checkpoint.with_stop_tokens(source, config)
+        model = build_abstract(config, max_model_len=max_model_len)
         plan = make_plan(
             _rows(ARCHITECTURES[name], config, tensors),
             {tensor: spec.shape for tensor, spec in tensors.specs.items()},
-            {path: tuple(spec.shape) for path, spec in parameter_specs(build_abstract(config)).items()},
+            {path: tuple(spec.shape) for path, spec in parameter_specs(model).items()},
             str(source),
         )
         _check_ignored(source, plan, tensors)
-        yield OpenCheckpoint(config, plan, tensors)
+        yield OpenCheckpoint(config, model, plan, tensors)
 
 
 def _rows(conversion: Conversion, config: ModelConfig, tensors: TensorFolder) -> tuple[Row, ...]:
@@ -155,8 +160,7 @@ def _check_ignored(source: Path, plan: Plan, tensors: TensorFolder) -> None:
     for name, rule in plan.ignored:
         if rule.same_as is None:
             continue
-        same = tensors.specs[name].shape == tensors.specs[rule.same_as].shape
-        if not same or not np.array_equal(tensors.read(name), tensors.read(rule.same_as)):
+        if not tensors.has_same_data(name, rule.same_as):
             raise ValueError(
                 f"{source}: tensor {name!r} is not {rule.because}: it differs from {rule.same_as!r}; set "
                 f"tie_word_embeddings to false in config.json if it is meant to be used"
@@ -176,13 +180,15 @@ def load_huggingface(
     `dtype` None keeps the checkpoint's own (float16 is widened to float32). `put(path, array)` places each parameter
     (default: on the default device). Whatever is wrong raises ValueError before any weight is read.
     """
-    with open_checkpoint(Path(source), dtype) as opened:
-        model = build_abstract(opened.config, max_model_len=max_model_len)
-        return opened.config, fill(model, _parameters(opened, show_progress=show_progress), put=put)
+    with open_checkpoint(Path(source), dtype, max_model_len=max_model_len) as opened:
+        return opened.config, fill(opened.model, _parameters(opened, show_progress=show_progress), put=put or place)
 
 
 def _parameters(opened: OpenCheckpoint, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     assignments = opened.plan.assignments
+    opened.tensors.expect(
+        name for assignment in assignments if assignment.part is None for name in assignment.sources
+    )
     for assignment in tqdm(assignments, unit="tensor", desc="weights", disable=not show_progress):
         yield assignment.target, opened.read(assignment)
 

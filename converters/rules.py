@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpaged.models.data_file import aligned_copy, aligned_empty, cast
 from jaxpaged.models.parameters import shown_names
 
 
@@ -30,7 +31,7 @@ class Transform:
 
 
 def _transposed(tensor: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(tensor.T)
+    return aligned_copy(tensor.T, tensor.dtype)
 
 
 KEEP = Transform("kept", lambda tensor: tensor, lambda tensor: tensor, lambda shape: shape)
@@ -121,12 +122,12 @@ class Assignment:
         """
 
         def one(source: str) -> np.ndarray:
-            return self.transform.apply(read(source, self.part).astype(dtype, copy=False))
+            return self.transform.apply(cast(read(source, self.part), dtype))
 
         first = one(self.sources[0])
         if not self.is_stacked:
             return first
-        stacked = np.empty((len(self.sources), *first.shape), dtype)
+        stacked = aligned_empty((len(self.sources), *first.shape), dtype)
         stacked[0] = first
         for index, source in enumerate(self.sources[1:], 1):
             stacked[index] = one(source)

@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpaged.models.config import DTYPES, GenerationDefaults, ModelConfig
+from jaxpaged.models.data_file import cast
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import check_names, fill, parameter_arrays, parameter_specs
+from jaxpaged.models.parameters import check_names, fill, parameter_arrays, parameter_specs, place
 from jaxpaged.models.registry import build_abstract, parse_config
 from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
 
@@ -204,7 +205,7 @@ def load(
         config = config_with_dtype(config, dtype)
     model = build_abstract(config, max_model_len=max_model_len)
     with _open_weights(folder, model) as tensors:
-        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put)
+        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put or place)
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
@@ -232,9 +233,10 @@ def _open_weights(folder: Path, model: Decoder) -> Iterator[TensorFolder]:
 
 def _cast(tensors: TensorFolder, dtype: np.dtype, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     total = sum(spec.num_bytes for spec in tensors.specs.values())
+    tensors.expect(tensors.specs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
         for name, spec in tensors.specs.items():
-            yield name, tensors.read(name).astype(dtype, copy=False)
+            yield name, cast(tensors.read(name), dtype)
             bar.update(spec.num_bytes)
 
 

@@ -49,6 +49,14 @@ def check_names(given: Iterable[str], wanted: Iterable[str], where: str) -> None
         raise ValueError(f"{where}: parameters the model does not have: {shown_names(given - wanted)}")
 
 
+def place(path: str, array: jax.Array | np.ndarray) -> jax.Array:
+    """Return the array on the default device, once it is there.
+
+    A CPU device takes an aligned numpy array as it is, without a copy: nobody may write to it any more.
+    """
+    return jax.block_until_ready(jax.device_put(array))
+
+
 def fill(
     model: Model,
     arrays: Mapping[str, jax.Array | np.ndarray] | Iterable[tuple[str, jax.Array | np.ndarray]],

@@ -6,7 +6,9 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxpaged.models.data_file import DataFile, aligned_empty, num_readers
 from jaxpaged.models.parameters import shown_names
 
 SINGLE_FILE = "model.safetensors"
@@ -24,6 +27,7 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 LARGEST_JSON_BYTES = 64 * 2**20
 FINITE_CHUNK = 2**20
 """Elements looked at together for NaN and infinity."""
+COMPARED_BYTES = 16 * 2**20
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -76,7 +80,14 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._handles: dict[str, Any] = {}
+        self._readers = ThreadPoolExecutor(num_readers(), "weights")
+        self._stack.callback(self._readers.shutdown, cancel_futures=True)
+        self._files: dict[str, DataFile] = {}
+        self._expected: deque[str] = deque()
+        self._most_ahead = 0
+        self._begun: dict[str, Callable[[], np.ndarray]] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        """Where the data of each tensor lies in its file: start and stop, in bytes."""
         try:
             self.specs = self._read_headers()
         except BaseException:
@@ -91,31 +102,93 @@ class TensorFolder:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        return tuple(self._handles)
+        return tuple(self._files)
 
     def read(self, name: str) -> np.ndarray:
-        """Return a copy of the tensor; ValueError, naming it, if its data cannot be read."""
-        with self._naming_faults(name) as handle:
-            return handle.get_tensor(name)
+        """Return a copy of the tensor, aligned so that a CPU device can use it as it is.
+
+        ValueError, naming it, if its data cannot be read.
+        """
+        finish = self._begun.pop(name, None)
+        if finish is None:
+            if self._expected and self._expected[0] == name:
+                self._expected.popleft()
+            finish = self._files[self.specs[name].file].begin([self._spans[name]])
+        with self._naming_faults(name):
+            data = finish()
+        self._begin_expected()
+        return data.view(self.specs[name].dtype).reshape(self.specs[name].shape)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Let `read` begin with the tensors that will be read next, while the one before is used.
+
+        `names` is the order in which they will be read. What is begun before its turn takes half the memory of the
+        largest of them at most.
+        """
+        self._expected = deque(names)
+        self._most_ahead = max((self.specs[name].num_bytes for name in self._expected), default=0) // 2
+
+    def _begin_expected(self) -> None:
+        ahead = sum(self.specs[name].num_bytes for name in self._begun)
+        while self._expected and ahead + self.specs[self._expected[0]].num_bytes <= self._most_ahead:
+            name = self._expected.popleft()
+            ahead += self.specs[name].num_bytes
+            self._begun[name] = self._files[self.specs[name].file].begin([self._spans[name]])
 
     def read_ranges(self, name: str, axis: int, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Return a copy of the tensor's entries from start to stop of each range along an axis, and read no others.
+        """Return a copy of the tensor's entries from start to stop of each range along an axis.
 
-        The ranges come one after another, in the order given. ValueError as for `read`.
+        The ranges come one after another, in the order given. Nothing else is kept, and along axis 0 nothing else is
+        read. ValueError as for `read`.
         """
-        with self._naming_faults(name) as handle:
-            view = handle.get_slice(name)
-            pieces = [view[(slice(None),) * axis + (slice(start, stop),)] for start, stop in ranges]
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
+        shape = self.specs[name].shape
+        length = sum(stop - start for start, stop in ranges)
+        if axis == 0:
+            start, stop = self._spans[name]
+            entry_bytes = (stop - start) // shape[0]
+            spans = [(start + first * entry_bytes, start + last * entry_bytes) for first, last in ranges]
+            return self._read_spans(name, spans, (length, *shape[1:]))
+        view = self.mapped(name)
+        wanted = (*shape[:axis], length, *shape[axis + 1 :])
+        pieces = [view[(slice(None),) * axis + (slice(start, stop),)] for start, stop in ranges]
+        return np.concatenate(pieces, axis=axis, out=aligned_empty(wanted, view.dtype))
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Return the tensor as a view of its file, which takes no memory of its own (see `DataFile.mapped`)."""
+        spec, (start, stop) = self.specs[name], self._spans[name]
+        if start == stop:
+            return np.empty(spec.shape, spec.dtype)
+        return self._files[spec.file].mapped()[start:stop].view(spec.dtype).reshape(spec.shape)
+
+    def has_same_data(self, left: str, right: str) -> bool:
+        """Say whether two tensors are equal, bit for bit; a little of them is in memory at a time."""
+        specs = (self.specs[left], self.specs[right])
+        if specs[0].shape != specs[1].shape or specs[0].dtype != specs[1].dtype:
+            return False
+        starts = (self._spans[left][0], self._spans[right][0])
+        for offset in range(0, specs[0].num_bytes, COMPARED_BYTES):
+            size = min(COMPARED_BYTES, specs[0].num_bytes - offset)
+            pieces = [
+                self._read_spans(name, [(start + offset, start + offset + size)], (size // specs[0].dtype.itemsize,))
+                for name, start in zip((left, right), starts, strict=True)
+            ]
+            if not np.array_equal(pieces[0].view(np.uint8), pieces[1].view(np.uint8)):
+                return False
+        return True
+
+    def _read_spans(self, name: str, spans: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> np.ndarray:
+        spec = self.specs[name]
+        with self._naming_faults(name):
+            return self._files[spec.file].read(spans).view(spec.dtype).reshape(shape)
 
     @contextmanager
-    def _naming_faults(self, name: str) -> Iterator[Any]:
-        """Give the open file that holds the tensor."""
-        file = self.folder / self.specs[name].file
+    def _naming_faults(self, name: str) -> Iterator[None]:
         try:
-            yield self._handles[file.name]
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{file}: tensor {name!r} cannot be read ({error}): copy the file again") from error
+            yield
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder / self.specs[name].file}: tensor {name!r} cannot be read ({error}): copy the file again"
+            ) from error
 
     def _read_headers(self) -> dict[str, TensorSpec]:
         file_of_name = read_index(self.folder)
@@ -141,23 +214,41 @@ class TensorFolder:
     def _open(self, file: str) -> dict[str, TensorSpec]:
         path = self.folder / file
         try:
-            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
-        except (SafetensorError, OSError) as error:
+            # the reader of the format's makers has the word on headers: all sizes and offsets agree with the file
+            with safe_open(path, framework="numpy") as checked:
+                slices = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118  (not a mapping)
+                codes = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
+            data = DataFile(path, self._readers, num_readers())
+            self._stack.callback(data.close)
+            spans = _spans_of_header(data)
+        except (SafetensorError, OSError, EOFError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({error}): it may be cut short; copy it again from its source"
             ) from error
-        self._handles[file] = handle
+        self._files[file] = data
         specs = {}
-        for name, view in slices.items():
-            code = view.get_dtype()
+        for name, (code, shape) in codes.items():
             if code not in DTYPE_OF_CODE:
                 raise ValueError(
                     f"{path}: tensor {name!r} has element type {code}: only {sorted(DTYPE_OF_CODE)} are read; take "
                     "the unquantized checkpoint"
                 )
-            specs[name] = TensorSpec(file, DTYPE_OF_CODE[code], tuple(view.get_shape()))
+            specs[name] = TensorSpec(file, DTYPE_OF_CODE[code], shape)
+            start, stop = self._spans[name] = spans[name]
+            if stop - start != specs[name].num_bytes:
+                raise ValueError(f"{path}: tensor {name!r} has {stop - start} bytes of data: copy the file again")
         return specs
+
+
+def _spans_of_header(data: DataFile) -> dict[str, tuple[int, int]]:
+    """Return where each tensor's data lies in a safetensors file whose header has been checked."""
+    length = int.from_bytes(data.read([(0, 8)]).tobytes(), "little")
+    entries = json.loads(data.read([(8, 8 + length)]).tobytes())
+    entries.pop("__metadata__", None)
+    return {
+        name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+        for name, entry in entries.items()
+    }
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
