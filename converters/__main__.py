@@ -4,25 +4,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from converters.huggingface import convert
+from converters.formats import convert
+from converters.sources import FORMATS, NATIVE
 from jaxpaged.models.config import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, print a table of what was done, and return 0; or print one line that says what is wrong, return 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m converters", description="Convert a Hugging Face folder (safetensors) to a native checkpoint."
+        prog="python -m converters",
+        description="Convert a checkpoint: Hugging Face (safetensors), native or Orbax, to any of these.",
     )
-    parser.add_argument("source", help="the Hugging Face folder")
+    parser.add_argument("source", help="the folder of a model, of any of these formats")
     parser.add_argument("target", help="the folder to write; it appears complete or not at all")
+    parser.add_argument("--to", choices=FORMATS, default=NATIVE, help=f"format of the target (default: {NATIVE})")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="what to keep weights as (default: as they are)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a native checkpoint that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that format")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     chosen = parser.parse_args(arguments)
     try:
         report = convert(
             chosen.source,
             chosen.target,
+            to=chosen.to,
             dtype=chosen.dtype,
             overwrite=chosen.overwrite,
             show_progress=not chosen.quiet,

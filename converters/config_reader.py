@@ -51,6 +51,11 @@ class ConfigReader:
         if values.get("quantization_config") is not None:
             raise ValueError("quantization_config: quantized weights are not read; take the unquantized checkpoint")
 
+    @property
+    def known(self) -> frozenset[str]:
+        """The attributes that were asked for, and those every reader knows."""
+        return frozenset(self._known)
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return an attribute; the default where it is absent or null."""
         self._known.add(name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converters.config_reader import ConfigReader
-from converters.facts import LLAMA_NAMES, dtype_of
+from converters.facts import LLAMA_NAMES, dtype_of, usual_values
 from converters.rules import KEEP, Ignore, Row, Rule, Transform
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.registry import parse_config
@@ -26,6 +26,8 @@ class Conversion:
     """The table of weights; which biases must be there follows from the model, not from the table."""
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     """What fields of ModelConfig are called in config.json; others have the same name there."""
+    values: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    """What `config.json` says in another way than `facts.usual_values`, for the way back."""
     optional_prefix: str = ""
     """What names of tensors begin with, unless the body of the model was saved without its head."""
 
@@ -44,6 +46,25 @@ class Conversion:
             return parse_config(facts)
         except ValueError as error:
             raise ValueError(self._in_words_of_the_file(str(error))) from error
+
+    def untranslate(self, config: ModelConfig) -> dict[str, Any]:
+        """Return the config.json that `translate` reads as these facts.
+
+        It holds what `facts` asks for and nothing else. ValueError if it would not be read as these facts.
+        """
+        values = usual_values(config, self.names) | self.values(config)
+        reader = ConfigReader(values, self.architecture)
+        self.facts(reader)
+        known = {"torch_dtype", *reader.known}
+        values = {name: value for name, value in values.items() if name in known}
+        values = {"architectures": [self.architecture], "model_type": self.model_type} | values
+        if (found := self.translate(values, dtype=None, default_dtype=config.dtype)) != config:
+            changed = [name for name, value in vars(config).items() if getattr(found, name) != value]
+            raise ValueError(
+                f"{', '.join(changed)}: no config.json of a {self.architecture} can say that, as far as this "
+                "converter knows: keep the model in the native format or as Orbax"
+            )
+        return values
 
     def _in_words_of_the_file(self, message: str) -> str:
         for ours, theirs in self.names.items():

@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import Any
 
 from converters.config_reader import ConfigReader
-from jaxpaged.models.config import LARGEST
+from jaxpaged.layers.rope import LongRopeScaling
+from jaxpaged.models.config import LARGEST, ModelConfig
 
 LLAMA_NAMES: Mapping[str, str] = {
     "model_dim": "hidden_size",
@@ -31,6 +32,14 @@ ACTIVATION_NAMES: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+NAME_OF_ACTIVATION: Mapping[str, str] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+"""What a config.json is to call our activations."""
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}
 """float16 is widened: float32 holds it exactly, bfloat16 would not, and float16 itself overflows and is slow on CPU."""
@@ -218,3 +227,41 @@ def upper_layers_sliding(reader: ConfigReader, num_layers: int) -> list[Any] | N
         raise ValueError(f"max_window_layers={start!r} must be a whole number")
     usual = ["sliding_attention" if window is not None and i >= start else "full_attention" for i in range(num_layers)]
     return windows_by_type(reader, window, usual)
+
+
+def usual_values(config: ModelConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the attributes that say a model's facts in most config.json files, in words of transformers 4 and 5.
+
+    The way back from `sizes`, `rope` and the attributes that many have. Whatever a file has in another way is for its
+    converter to say.
+    """
+    facts = config.as_json()
+    values = {names.get(name, name): value for name, value in facts.items() if name not in ("extras", "architecture")}
+    values[names.get("activation", "activation")] = NAME_OF_ACTIVATION[config.activation]
+    values[names.get("eos_token_ids", "eos_token_id")] = one_or_list(config.eos_token_ids)
+    values.pop(names.get("rotary_dim", "rotary_dim"), None)
+    if config.rotary_dim is not None:
+        # exact: the reader takes the whole part of the product
+        values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if isinstance(config.rope_scaling, LongRopeScaling):
+        # transformers 4 looks for it here, and 5 here first
+        values["original_max_position_embeddings"] = config.rope_scaling.original_max_position_embeddings
+    if config.windows is not None:
+        values["sliding_window"] = next(window for window in config.windows if window is not None)
+    return values | {"torch_dtype": values.pop("dtype")}
+
+
+def one_or_list(token_ids: Sequence[int]) -> int | list[int] | None:
+    """Return what a config.json has for an eos_token_id: null, one id, or a list of several."""
+    return list(token_ids) if len(token_ids) > 1 else next(iter(token_ids), None)
+
+
+def sliding_values(config: ModelConfig) -> dict[str, Any]:
+    """Return the attributes by which a Qwen says which layers have a window."""
+    windows = config.windows or (None,) * config.num_layers
+    return {
+        "use_sliding_window": config.windows is not None,
+        "sliding_window": next((window for window in windows if window is not None), None),
+        "max_window_layers": sum(window is None for window in windows),
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }

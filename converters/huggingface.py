@@ -1,7 +1,6 @@
-"""Hugging Face folders: read lazily, checked before anything is loaded, converted in memory or to a native folder."""
+"""Hugging Face folders: read lazily, checked before anything is loaded, and converted in memory."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,52 +12,13 @@ from tqdm import tqdm
 
 from converters.architectures import ARCHITECTURES, NAME_OF_MODEL_TYPE
 from converters.conversion import Conversion
-from converters.rules import TRANSPOSE, Assignment, Ignore, Part, Plan, Row, make_plan
+from converters.rules import Assignment, Ignore, Part, Plan, Row, make_plan
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import fill, parameter_specs, place
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.models.tensor_files import TensorFolder, read_json, remove_dead_partials
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionReport:
-    """What a conversion did; `str()` of it is a table for people."""
-
-    source: Path
-    target: Path
-    architecture: str
-    dtype: str
-    num_source_tensors: int
-    num_parameters: int
-    num_elements: int
-    num_bytes: int
-    num_transposed: int
-    num_cast: int
-    """Tensors whose element type was changed."""
-    ignored: tuple[tuple[str, str], ...]
-    """Source tensors left out, and why."""
-    weight_files: tuple[str, ...]
-    copied_files: tuple[str, ...]
-    removed_folders: tuple[Path, ...]
-    """What conversions to the same target had left that were killed."""
-    duration_s: float
-
-    def __str__(self) -> str:
-        rows = [
-            ("source", str(self.source)),
-            ("target", str(self.target)),
-            ("architecture", f"{self.architecture}, {self.num_elements:,} parameters in {self.dtype}"),
-            ("tensors read", f"{self.num_source_tensors} ({self.num_transposed} transposed, {self.num_cast} cast)"),
-            ("tensors written", f"{self.num_parameters}, {self.num_bytes:,} bytes, {len(self.weight_files)} file(s)"),
-            *(("ignored", f"{name}: {because}") for name, because in self.ignored[:8]),
-            *([("ignored", f"and {len(self.ignored) - 8} more")] if len(self.ignored) > 8 else []),
-            ("copied", ", ".join(self.copied_files) or "nothing"),
-            *(("removed", f"{path}: left by a conversion that was killed") for path in self.removed_folders),
-            ("seconds", f"{self.duration_s:.1f}"),
-        ]
-        return "\n".join(f"{label:<16} {text}" for label, text in rows)
+from jaxpaged.models.tensor_files import TensorFolder, read_json
 
 
 @dataclass(frozen=True)
@@ -191,70 +151,3 @@ def _parameters(opened: OpenCheckpoint, *, show_progress: bool) -> Iterator[tupl
     )
     for assignment in tqdm(assignments, unit="tensor", desc="weights", disable=not show_progress):
         yield assignment.target, opened.read(assignment)
-
-
-def _sources(assignments: Iterable[Assignment]) -> set[str]:
-    return {name for assignment in assignments for name in assignment.sources}
-
-
-def convert(
-    source: Path | str,
-    target: Path | str,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    show_progress: bool = True,
-    max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES,
-) -> ConversionReport:
-    """Write the Hugging Face folder `source` as a native checkpoint `target`, and return what was done.
-
-    `target` appears complete or not at all; what a killed conversion to it left is removed. Tokenizer files and
-    generation_config.json are copied along, code never. Whatever is wrong raises ValueError naming file and tensor.
-    """
-    started = time.perf_counter()
-    for name, path in (("source", source), ("target", target)):
-        if not str(path).strip():
-            raise ValueError(f"the {name} is empty: give the path of a folder")
-    source, target = Path(source), Path(target)
-    checkpoint.check_target(target, overwrite=overwrite)
-    companions = {name: source / name for name in checkpoint.COMPANION_FILES if (source / name).is_file()}
-    with open_checkpoint(source, dtype) as opened:
-        assignments = {assignment.target: assignment for assignment in opened.plan.assignments}
-        num_bytes = 0
-        removed_folders = remove_dead_partials(target.absolute())
-        with tqdm(total=len(assignments), unit="tensor", desc="converting", disable=not show_progress) as bar:
-
-            def read(name: str) -> np.ndarray:
-                nonlocal num_bytes
-                array = opened.read(assignments[name])
-                num_bytes += array.nbytes
-                bar.update()
-                return array
-
-            files = checkpoint.write(
-                target,
-                opened.config,
-                read,
-                companions=companions,
-                overwrite=overwrite,
-                max_shard_bytes=max_shard_bytes,
-            )
-        specs = opened.tensors.specs
-        kept_dtype = checkpoint.NUMPY_DTYPES[opened.config.dtype]
-        return ConversionReport(
-            source=source,
-            target=target,
-            architecture=opened.config.architecture,
-            dtype=opened.config.dtype,
-            num_source_tensors=len(specs),
-            num_parameters=len(assignments),
-            num_elements=num_bytes // kept_dtype.itemsize,
-            num_bytes=num_bytes,
-            num_transposed=len(_sources(a for a in assignments.values() if a.transform is TRANSPOSE)),
-            num_cast=sum(specs[name].dtype != kept_dtype for name in _sources(assignments.values())),
-            ignored=tuple((name, rule.because) for name, rule in opened.plan.ignored),
-            weight_files=files,
-            copied_files=tuple(companions),
-            removed_folders=removed_folders,
-            duration_s=time.perf_counter() - started,
-        )

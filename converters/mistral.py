@@ -6,6 +6,7 @@ from converters.config_reader import ConfigReader
 from converters.conversion import Conversion
 from converters.facts import equal_windows, rope, sizes
 from converters.llama import rules
+from jaxpaged.models.config import ModelConfig
 
 
 def facts(reader: ConfigReader) -> dict[str, Any]:
@@ -16,6 +17,10 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
+def values(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": None if config.windows is None else config.windows[0]}
+
+
 CONVERSION = Conversion(
-    architecture="MistralForCausalLM", model_type="mistral", facts=facts, rules=rules
+    architecture="MistralForCausalLM", model_type="mistral", facts=facts, rules=rules, values=values
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion
-from converters.facts import rope, sizes, upper_layers_sliding
+from converters.facts import rope, sizes, sliding_values, upper_layers_sliding
 from converters.llama import rules
 
 
@@ -16,4 +16,6 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
-CONVERSION = Conversion(architecture="Qwen3ForCausalLM", model_type="qwen3", facts=facts, rules=rules)
+CONVERSION = Conversion(
+    architecture="Qwen3ForCausalLM", model_type="qwen3", facts=facts, rules=rules, values=sliding_values
+)

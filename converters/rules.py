@@ -226,7 +226,7 @@ def make_plan(
             "or the model has added parts that no port here knows"
         )
     for name, (row, numbers) in claimed.items():
-        expected = _expected_shape(row, [targets[named(target, numbers)] for target in targets_of(row)])
+        expected = expected_shape(row, [targets[named(target, numbers)] for target in targets_of(row)])
         if expected is not None and sources[name] != expected:
             raise ValueError(
                 f"{where}: tensor {name!r} has shape {list(sources[name])}: config.json says {list(expected)}"
@@ -286,7 +286,7 @@ def source_names(rows: Iterable[Row], target: str, shape: tuple[int, ...]) -> li
     return []
 
 
-def _expected_shape(row: Row, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+def expected_shape(row: Row, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Return the shape that a source tensor of this row has, given those of its parameters; None for any."""
     if isinstance(row, Ignore):
         return None

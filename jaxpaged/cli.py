@@ -209,9 +209,12 @@ def make_parser() -> argparse.ArgumentParser:
                 )
         _add_engine_flags(verb)
 
-    convert = add_verb("convert", help="convert a Hugging Face folder to the native format")
+    convert = add_verb("convert", help="convert a checkpoint between the Hugging Face, native and Orbax formats")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
+    convert.add_argument(
+        "--to", choices=("native", "huggingface", "orbax"), default="native", help="format of DST (default: native)"
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to store (default: the checkpoint's)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.add_argument("--quiet", action="store_true", help="no progress bar and no table")
@@ -477,12 +480,17 @@ def _fit_conversation(
 
 
 def _convert(options: argparse.Namespace, started: float) -> int:
-    from converters.huggingface import convert  # noqa: PLC0415  a verb imports what it needs
+    from converters.formats import convert  # noqa: PLC0415  a verb imports what it needs
     from jaxpaged.llm import resolve_folder  # noqa: PLC0415
 
     source = resolve_folder(options.source)
     report = convert(
-        source, options.target, dtype=options.dtype, overwrite=options.overwrite, show_progress=not options.quiet
+        source,
+        options.target,
+        to=options.to,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        show_progress=not options.quiet,
     )
     if not options.quiet:
         print(report)

@@ -35,6 +35,7 @@ LAZY = {  # function bodies that may import, and what: optional extras, slow imp
     "jaxpaged.__main__": {"jaxpaged"},
     "jaxpaged.cli": None,
     "jaxpaged.engine.tokenizer": {"transformers"},
+    "converters.orbax": {"orbax"},
     "pallas_kernels.paged_attention.api": {"pallas_kernels"},
     "bench": None,
 }

@@ -93,14 +93,15 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, *, format_name: str = FORMAT) -> ModelConfig:
     """Return the facts of a native checkpoint, with the stop tokens of its generation_config.json where it names some.
 
-    ValueError naming the file for anything else.
+    `format_name` is what config.json calls a format that keeps its facts in the same way. ValueError naming the file
+    for anything else.
     """
     path = folder / CONFIG_FILE
     values = read_json(path)
-    if values.pop("format", None) != FORMAT:
+    if values.pop("format", None) != format_name:
         raise ValueError(f"{path}: not a native checkpoint: convert it with `python -m converters {folder} TARGET`")
     if (version := values.pop("format_version", None)) != FORMAT_VERSION:
         raise ValueError(
@@ -113,8 +114,22 @@ def read_config(folder: Path) -> ModelConfig:
     return with_stop_tokens(folder, config)
 
 
-def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise ValueError unless a checkpoint may be written to `folder`: it is absent, empty, or ours to overwrite."""
+def is_ours(folder: Path) -> bool:
+    """Say whether the folder is a native checkpoint with nothing of others in it."""
+    return is_native(folder) and not any(path.is_dir() for path in folder.iterdir())
+
+
+def check_target(
+    folder: Path,
+    *,
+    overwrite: bool,
+    may_replace: Callable[[Path], bool] = is_ours,
+    kind: str = "a native checkpoint",
+) -> None:
+    """Raise ValueError unless a checkpoint may be written to `folder`: it is absent, empty, or ours to overwrite.
+
+    `may_replace` says whether a folder is a checkpoint of this format and nothing else, `kind` what that is called.
+    """
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -123,8 +138,29 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{folder}: exists: choose another target, or pass overwrite=True (--overwrite)")
-    if not is_native(folder) or any(path.is_dir() for path in folder.iterdir()):
-        raise ValueError(f"{folder}: exists and is not a native checkpoint, so it is not overwritten: remove it first")
+    if not may_replace(folder):
+        raise ValueError(f"{folder}: exists and is not {kind}, so it is not overwritten: remove it first")
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """Raise ValueError unless the disk that `folder` will be on has so much free."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < num_bytes:
+        raise ValueError(f"{folder}: needs {num_bytes} bytes and the disk has {free} free")
+
+
+def parameter_files(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Return what the parameters of a model are in files, by path."""
+    dtype = NUMPY_DTYPES[config.dtype]
+    return {
+        name: TensorSpec("", dtype, tuple(spec.shape))
+        for name, spec in parameter_specs(build_abstract(config)).items()
+    }
+
+
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """Return what a native checkpoint's config.json holds."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION} | config.as_json()
 
 
 def write(
@@ -141,22 +177,24 @@ def write(
     Each parameter is drawn once and one is in memory at a time. `folder` appears complete or not at all.
     """
     check_target(folder, overwrite=overwrite)
-    dtype = NUMPY_DTYPES[config.dtype]
-    specs = {
-        name: TensorSpec("", dtype, tuple(spec.shape))
-        for name, spec in parameter_specs(build_abstract(config)).items()
-    }
-    needed = sum(spec.num_bytes for spec in specs.values())
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if (free := shutil.disk_usage(existing).free) < needed:
-        raise ValueError(f"{folder}: needs {needed} bytes and the disk has {free} free")
+    specs = parameter_files(config)
+    check_disk(folder, sum(spec.num_bytes for spec in specs.values()))
     with new_folder(folder.absolute()) as partial:
         files = write_tensors(partial, specs, read, max_shard_bytes=max_shard_bytes)
-        facts = {"format": FORMAT, "format_version": FORMAT_VERSION} | config.as_json()
-        (partial / CONFIG_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        for name, source in (companions or {}).items():
-            shutil.copyfile(source, partial / name)
+        write_facts(partial, config_values(config), companions)
     return files
+
+
+def write_facts(folder: Path, values: Mapping[str, Any], companions: Mapping[str, Path] | None) -> None:
+    """Write config.json into a folder that is being made, and copy along what goes with it."""
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
+    for name, source in (companions or {}).items():
+        shutil.copyfile(source, folder / name)
+
+
+def companions_of(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder that are copied along, by name."""
+    return {name: folder / name for name in COMPANION_FILES if (folder / name).is_file()}
 
 
 def save(
@@ -204,8 +242,9 @@ def load(
     if dtype is not None:
         config = config_with_dtype(config, dtype)
     model = build_abstract(config, max_model_len=max_model_len)
-    with _open_weights(folder, model) as tensors:
-        return config, fill(model, _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress), put=put or place)
+    with open_weights(folder, model) as tensors:
+        arrays = _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress)
+        return config, fill(model, arrays, put=put or place)
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
@@ -213,12 +252,13 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 
     Reads their headers and no weight.
     """
-    with _open_weights(folder, build_abstract(config)):
+    with open_weights(folder, build_abstract(config)):
         pass
 
 
 @contextmanager
-def _open_weights(folder: Path, model: Decoder) -> Iterator[TensorFolder]:
+def open_weights(folder: Path, model: Decoder) -> Iterator[TensorFolder]:
+    """Give the weights of a native checkpoint open for reading; ValueError, as `load` does, unless they are whole."""
     specs = parameter_specs(model)
     with TensorFolder(folder) as tensors:
         check_names(tensors.specs, specs, str(folder))

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import uuid
 import warnings
 from collections import deque
@@ -27,6 +28,8 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 LARGEST_JSON_BYTES = 64 * 2**20
 FINITE_CHUNK = 2**20
 """Elements looked at together for NaN and infinity."""
+SUBFOLDERS = ("orbax", "native")
+"""How the names of folders begin that conversions make inside the folder they write."""
 COMPARED_BYTES = 16 * 2**20
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
@@ -308,12 +311,13 @@ def write_tensors(
     read: Callable[[str], np.ndarray],
     *,
     max_shard_bytes: int,
+    format_name: str = "jaxpaged",
 ) -> tuple[str, ...]:
     """Write the tensors into `folder`, drawing each from `read` once, and return the names of the files.
 
-    Headers are known from `specs`, so that no more than one tensor is in memory. An array that is not as its spec says
-    raises ValueError; one with a NaN or an infinity is written as it is, and a warning names it. The `file` of a spec
-    is not read.
+    Headers are known from `specs`, so that no more than one tensor is in memory; they say `format_name` (transformers
+    asks for "pt"). An array that is not as its spec says raises ValueError; one with a NaN or an infinity is written
+    as it is, and a warning names it. The `file` of a spec is not read.
     """
     nonfinite: list[str] = []
     file_of_name = shard_names(specs, max_shard_bytes)
@@ -321,7 +325,7 @@ def write_tensors(
     for file in files:
         names = [name for name in specs if file_of_name[name] == file]
         with (folder / file).open("wb") as stream:
-            stream.write(_header({name: specs[name] for name in names}))
+            stream.write(_header({name: specs[name] for name in names}, format_name))
             for name in names:
                 array, spec = read(name), specs[name]
                 if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -358,9 +362,9 @@ def has_nonfinite(array: np.ndarray) -> bool:
     )
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+def _header(specs: Mapping[str, TensorSpec], format_name: str) -> bytes:
     """Return the length-prefixed header of a safetensors file that holds the tensors in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "jaxpaged"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": format_name}}
     offset = 0
     for name, spec in specs.items():
         entries[name] = {
@@ -419,12 +423,19 @@ def remove_dead_partials(target: Path) -> tuple[Path, ...]:
         if lock is None:
             continue
         try:
-            if all(file.is_file() and not file.is_symlink() for file in path.iterdir()):
+            if all(_is_part(entry) for entry in path.iterdir()):
                 remove_folder(path)
                 removed.append(path)
         finally:
             os.close(lock)
     return tuple(removed)
+
+
+def _is_part(entry: Path) -> bool:
+    """Say whether a conversion may have made this in its partial folder."""
+    if entry.is_symlink():
+        return False
+    return entry.is_file() or (entry.is_dir() and entry.name.startswith(SUBFOLDERS))
 
 
 def _lock(folder: Path) -> int | None:
@@ -441,8 +452,6 @@ def _lock(folder: Path) -> int | None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of plain files, if it is there."""
+    """Remove a folder that was written here, if it is there."""
     if folder.exists():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)

@@ -1,0 +1,233 @@
+"""Orbax checkpoints: a folder with our facts in config.json, the tokenizer's files, and the checkpoint in `orbax/`.
+
+The tree is that of `nnx.state(model)`: what a trainer in JAX saves. orbax is imported when it is used.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxpaged.models import checkpoint
+from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.parameters import check_names, fill, parameter_specs, place
+from jaxpaged.models.registry import build_abstract
+from jaxpaged.models.tensor_files import read_json
+
+FORMAT = "jaxpaged-orbax"
+SUBFOLDER = "orbax"
+MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
+"""Files that tell an Orbax checkpoint."""
+CHUNK_BYTES = 64 * 2**20
+"""Of an array in the files: a device that restores its part reads whole chunks."""
+GROUPS = 16
+"""In how many steps a checkpoint is restored: each reads the tree's metadata again."""
+
+
+def looks_like_orbax(folder: Path) -> bool:
+    """Say whether the folder, or one named `orbax` in it, is an Orbax checkpoint."""
+    return any((place / mark).is_file() for place in (folder, folder / SUBFOLDER) for mark in MARKS)
+
+
+def is_ours(folder: Path) -> bool:
+    """Say whether the folder is what `write` makes, with nothing of others in it."""
+    path = folder / checkpoint.CONFIG_FILE
+    if not path.is_file() or read_json(path).get("format") != FORMAT:
+        return False
+    return [entry.name for entry in folder.iterdir() if entry.is_dir()] in ([], [SUBFOLDER])
+
+
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """Return what config.json holds."""
+    return checkpoint.config_values(config) | {"format": FORMAT}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the facts beside an Orbax checkpoint; ValueError naming the file."""
+    return checkpoint.read_config(folder, format_name=FORMAT)
+
+
+def save(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Write the parameters as an Orbax checkpoint `folder`, which must not be there.
+
+    No array is copied in memory, so that views of files stay on the disk. Uncompressed: weights hardly get smaller.
+    """
+    ocp = _import()
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
+    )
+    tree = _nested(arrays)
+    options = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
+    ) as checkpointer:
+        checkpointer.save(
+            folder.absolute(), ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda leaf: options, tree))
+        )
+
+
+@dataclass(frozen=True)
+class OpenFolder:
+    """A checked Orbax folder: everything is known but the data."""
+
+    path: Path
+    config: ModelConfig
+    model: Decoder
+    """With shapes in place of weights."""
+    names: Mapping[str, tuple[str, ...]]
+    """Where each parameter is in the tree, by path."""
+    num_cast: int
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a parameter as numpy has it."""
+        ocp = _import()
+        dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
+        return self._restore([name], lambda path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))[0]
+
+    def restore(self, names: Sequence[str], sharding: Callable[[str], jax.sharding.Sharding]) -> list[jax.Array]:
+        """Return parameters, each restored straight onto the devices that `sharding` gives for its path."""
+        ocp = _import()
+        dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
+        return self._restore(names, lambda path: ocp.ArrayRestoreArgs(sharding=sharding(path), dtype=dtype))
+
+    def _restore(self, names: Sequence[str], options: Callable[[str], Any]) -> list[Any]:
+        ocp = _import()
+        specs = parameter_specs(self.model)
+        most_bytes = max(specs[name].size * 4 for name in names)  # of float32, in files or in memory
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(most_bytes + 2**20) / 1e9)
+        wanted = {self.names[name]: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype) for name in names}
+        arguments = {self.names[name]: options(name) for name in names}
+        with _naming(self.path, f"parameters {names[0]!r} to {names[-1]!r}"), ocp.Checkpointer(handler) as checkpointer:
+            restored = checkpointer.restore(
+                self.path,
+                args=ocp.args.PyTreeRestore(_nest(wanted), restore_args=_nest(arguments), partial_restore=True),
+            )
+        found = []
+        for name in names:
+            node = restored
+            for key in self.names[name]:
+                node = node[key]
+            found.append(node)
+        return found
+
+
+@contextmanager
+def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = None) -> Iterator[OpenFolder]:
+    """Check facts, names, shapes and element types of an Orbax folder, and give it open for reading.
+
+    ValueError, naming the folder and the parameters, for whatever is not as it should be.
+    """
+    checkpoint.check_dtype(dtype)
+    config = read_config(folder)
+    checkpoint.read_generation_defaults(folder)
+    if dtype is not None:
+        config = checkpoint.config_with_dtype(config, dtype)
+    path = (folder / SUBFOLDER).absolute()
+    model = build_abstract(config, max_model_len=max_model_len)
+    specs = parameter_specs(model)
+    leaves = _leaves(path)
+    check_names(leaves, specs, str(path))
+    for name, spec in specs.items():
+        shape, stored = leaves[name][1].shape, np.dtype(leaves[name][1].dtype)
+        if tuple(shape) != tuple(spec.shape):
+            raise ValueError(
+                f"{path}: parameter {name!r} has shape {list(shape)}: config.json says {list(spec.shape)}"
+            )
+        if stored not in checkpoint.NUMPY_DTYPES.values():
+            raise ValueError(
+                f"{path}: parameter {name!r} has element type {stored}: only {list(checkpoint.NUMPY_DTYPES)} are read"
+            )
+    num_cast = sum(np.dtype(leaf.dtype) != checkpoint.NUMPY_DTYPES[config.dtype] for _, leaf in leaves.values())
+    yield OpenFolder(path, config, model, {name: keys for name, (keys, _) in leaves.items()}, num_cast)
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    show_progress: bool = False,
+    put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> tuple[ModelConfig, Decoder]:
+    """Return the facts and the filled model of an Orbax folder.
+
+    Parameters are restored straight onto the devices that `sharding(path)` gives (default: the default device). With
+    `put` they come to the host one at a time, and `put(path, array)` places each.
+    """
+    if put is not None and sharding is not None:
+        raise ValueError("put and sharding both say where parameters go: give one of them")
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with open_folder(Path(folder), dtype, max_model_len=max_model_len) as opened:
+
+        def draw() -> Iterator[tuple[str, Any]]:
+            names = list(parameter_specs(opened.model))
+            group_size = 1 if put is not None else max(1, -(-len(names) // GROUPS))
+            with tqdm(total=len(names), unit="tensor", desc="weights", disable=not show_progress) as bar:
+                for start in range(0, len(names), group_size):
+                    group = names[start : start + group_size]
+                    if put is not None:
+                        yield group[0], opened.read(group[0])
+                    else:
+                        yield from zip(
+                            group, opened.restore(group, sharding or (lambda path: on_device)), strict=True
+                        )
+                    bar.update(len(group))
+
+        return opened.config, fill(opened.model, draw(), put=put or place)
+
+
+def _leaves(path: Path) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Return each array's keys in the tree and its metadata, by our path; `.value` of an nnx.State is no part of it."""
+    ocp = _import()
+    if not path.is_dir():
+        raise ValueError(f"{path}: not there: an Orbax folder has its checkpoint in {SUBFOLDER}/; convert it again")
+    with _naming(path, "the tree"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata
+        if tree is None:
+            raise ValueError("no Orbax checkpoint of arrays is there")
+        flat = jax.tree_util.tree_flatten_with_path(tree.tree)[0]
+    leaves = {}
+    for keys, leaf in flat:
+        names = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(f"{path}: {'.'.join(names)!r} is no array: only parameters can be loaded")
+        leaves[".".join(names).removesuffix(".value")] = (names, leaf)
+    return leaves
+
+
+@contextmanager
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever orbax raises into a ValueError that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore have no common type of their errors
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: {what} cannot be restored ({text}): copy or convert it again") from error
+
+
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return _nest({tuple(name.split(".")): array for name, array in arrays.items()})
+
+
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for keys, value in flat.items():
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return tree
+
+
+def _import() -> Any:
+    import orbax.checkpoint as ocp  # noqa: PLC0415  optional, and slow to import
+
+    return ocp
