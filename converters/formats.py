@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from converters import orbax
+import converters.orbax as orbax
 from converters.architectures import ARCHITECTURES
 from converters.exports import Export, make_exports
 from converters.huggingface import load_huggingface, open_checkpoint
@@ -20,6 +20,8 @@ from converters.sources import FORMATS, HUGGINGFACE, NATIVE, ORBAX, Source, form
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.parameters import fill, parameter_specs, place
+from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import (
     INDEX_FILE,
     TensorFolder,
@@ -127,6 +129,33 @@ def load(
     return loaders[format_of(folder)](
         folder, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, put=put
     )
+
+
+def load_state(
+    state: Any,
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    show_progress: bool = False,
+    put: Callable[[str, jax.Array | np.ndarray], jax.Array] | None = None,
+) -> tuple[ModelConfig, Decoder]:
+    """Return the facts and a model with the parameters of a live one (see `from_state`).
+
+    Parameters of the asked dtype are shared, not copied; `state` may be a module, `nnx.state` of it, or dictionaries.
+    """
+    checkpoint.check_dtype(dtype)
+    if dtype is not None:
+        config = checkpoint.config_with_dtype(config, dtype)
+    opened = of_state(state, config, ())
+    model = build_abstract(config, max_model_len=max_model_len)
+
+    def draw() -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+        for path in tqdm(parameter_specs(model), unit="tensor", desc="weights", disable=not show_progress):
+            view = opened.view(path)
+            yield path, opened.read(path) if view is None else view
+
+    return config, fill(model, draw(), put=put or place)
 
 
 def _check_target(target: Path, to: str, *, overwrite: bool) -> None:

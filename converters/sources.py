@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from converters import orbax
+import converters.orbax as orbax
 from converters.huggingface import OpenCheckpoint, open_checkpoint
 from converters.rules import KEEP, TRANSPOSE, Assignment
 from jaxpaged.models import checkpoint

@@ -5,9 +5,10 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from converters.huggingface import load_huggingface, open_checkpoint
+from converters.formats import load, load_state, read_config
+from converters.orbax import looks_like_orbax
 from jaxpaged.config import GIB, OPTIONS, EngineConfig
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import FailedRequestWarning, RequestOutput
@@ -26,6 +28,7 @@ from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.turn import Turn
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
+from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import parameter_axes, parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
@@ -67,17 +70,18 @@ CALL_REMEDIES = {
 def resolve_folder(model: str | Path) -> Path:
     """The folder of a model: a path, or "demo" for the one in the package. Raises ValueError; asks no network."""
     if not isinstance(model, (str, Path)) or not str(model).strip():
-        raise ValueError(f"model={model!r} is not a path: give the folder of a model, or 'demo'")
+        shown = repr(model) if isinstance(model, (str, Path)) else f"(a {type(model).__name__})"
+        raise ValueError(f"model={shown} is not a path: give the folder of a model, 'demo', or a Decoder")
     if str(model) == "demo":
         return DEMO_FOLDER
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"model={str(model)!r} is not a folder: give the path of a Hugging Face or native model folder, or 'demo' "
-            "(nothing is downloaded)"
+            f"model={str(model)!r} is not a folder: give the path of a Hugging Face, native or Orbax model folder, or "
+            "'demo' (nothing is downloaded)"
         )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model folder {str(folder)!r} has no config.json: it is not a Hugging Face or native folder")
+    if not (folder / "config.json").is_file() and not looks_like_orbax(folder):  # which is told what it lacks
+        raise ValueError(f"model folder {str(folder)!r} has no config.json: it is not the folder of a model")
     return folder
 
 
@@ -130,8 +134,10 @@ class LLM:
     Several threads may call it: their calls wait for one another, so many prompts are fastest in one call.
 
     Args:
-        model: A Hugging Face folder (safetensors), a native folder, or "demo".
-        tokenizer: A folder with a tokenizer; the model's own folder if None.
+        model: A Hugging Face folder (safetensors), a native folder, an Orbax folder, or "demo"; or a live Flax model (a
+            `Decoder` with its weights, which are shared: a training step that donates them takes them away).
+        tokenizer: A folder with a tokenizer; the model's own folder if None. A live model without one is served
+            prompts of token ids only.
         show_progress: Bars for loading and warm-up.
         options: The fields of `EngineConfig`; vLLM's `gpu_memory_utilization` and `swap_space` (GiB) are understood.
 
@@ -139,33 +145,31 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path = "demo", *, tokenizer: str | Path | None = None, show_progress: bool = True,
+        self, model: str | Path | Decoder = "demo", *, tokenizer: str | Path | None = None, show_progress: bool = True,
         **options: Any,
     ) -> None:
         config = engine_config_from(options)
         keep_compiles()
-        folder = resolve_folder(model)
         if tokenizer is not None and (not isinstance(tokenizer, (str, Path)) or not str(tokenizer).strip()):
             raise ValueError(f"tokenizer={tokenizer!r} is not a path: give the folder of a tokenizer")
         # whatever can be refused is refused before a weight is read
         mesh = make_mesh(config.tensor_parallel_size)
-        model_config = _read_config(folder, config)
+        given = _given(model, config)
+        model_config, text_folder = given.config, given.folder if tokenizer is None else Path(tokenizer)
         config = with_checked_attention(config, model_config, model_config.dtype)
         shapes, plan = _plan(config, model_config)
         if show_progress and (slow := missing_kernels(shapes.layout)) is not None:
             print(f"jaxpaged: {slow}", file=sys.stderr)
         put = None if mesh is None else Placement(mesh, _cut(config, model_config)).put
-        self._defaults: GenerationDefaults = checkpoint.read_generation_defaults(folder)
-        text = Tokenizer.load(Path(tokenizer) if tokenizer is not None else folder)
-        text.check_fits(model_config.vocab_size)
+        self._defaults = (
+            GenerationDefaults() if given.folder is None else checkpoint.read_generation_defaults(given.folder)
+        )
+        text = None if text_folder is None else Tokenizer.load(text_folder)
+        if text is not None:
+            text.check_fits(model_config.vocab_size)
         started = time.perf_counter()
-        load = checkpoint.load if checkpoint.is_native(folder) else load_huggingface
-        model_config, module = load(
-            folder,
-            dtype=model_config.dtype,
-            max_model_len=config.max_model_len,
-            show_progress=show_progress,
-            put=put,
+        model_config, module = given.load(
+            dtype=model_config.dtype, max_model_len=config.max_model_len, show_progress=show_progress, put=put
         )
         jax.block_until_ready(jax.tree.leaves(nnx.state(module)))
         self.load_s = time.perf_counter() - started
@@ -186,8 +190,12 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer as a transformers object."""
-        assert self.engine.tokenizer is not None
-        return self.engine.tokenizer.as_transformers()
+        return self._tokenizer().as_transformers()
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            raise ValueError("this model was loaded without a tokenizer: pass tokenizer=, the folder of one, to LLM")
+        return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config.json as SamplingParams; used where a call brings none."""
@@ -296,8 +304,7 @@ class LLM:
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError("messages must be a non-empty list of {'role': ..., 'content': ...}, or a list of such")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
-        tokenizer = self.engine.tokenizer
-        assert tokenizer is not None
+        tokenizer = self._tokenizer()
         prompts: list[Prompt] = [
             {
                 "prompt_token_ids": tokenizer.encode_chat(
@@ -455,15 +462,25 @@ def _warn_of_errors(outputs: Sequence[RequestOutput], *, stacklevel: int) -> Non
     )
 
 
-def _read_config(folder: Path, config: EngineConfig) -> ModelConfig:
-    """A model's facts, in the dtype that is asked for; reads the headers of its files and no weight."""
+@dataclass(frozen=True)
+class _Given:
+    """What a user gave as the model."""
+
+    folder: Path | None
+    """None for a live model."""
+    config: ModelConfig
+    """Its facts, in the dtype that is asked for."""
+    load: Callable[..., tuple[ModelConfig, Decoder]]
+
+
+def _given(model: str | Path | Decoder, config: EngineConfig) -> _Given:
+    """The model that a user gave, checked down to the shapes of its weights; reads no weight."""
     dtype = None if config.dtype == "auto" else config.dtype
-    if not checkpoint.is_native(folder):
-        with open_checkpoint(folder, dtype) as opened:
-            return opened.config
-    model_config = checkpoint.read_config(folder)
-    checkpoint.check_weights(folder, model_config)
-    return model_config if dtype is None else checkpoint.config_with_dtype(model_config, dtype)
+    if isinstance(model, Decoder):
+        own = model.config if dtype is None else checkpoint.config_with_dtype(model.config, dtype)
+        return _Given(None, own, partial(load_state, model, model.config))
+    folder = resolve_folder(model)
+    return _Given(folder, read_config(folder, dtype), partial(load, folder))
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes, MemoryPlan]:
@@ -486,7 +503,7 @@ def _cut(config: EngineConfig, model_config: ModelConfig) -> Cut:
 def plan_for(model: str | Path, **options: Any) -> str:
     """The memory plan of a model as a table, before anything is loaded."""
     config = engine_config_from(options)
-    _, plan = _plan(config, _read_config(resolve_folder(model), config))
+    _, plan = _plan(config, _given(model, config).config)
     return plan.table()
 
 

@@ -212,7 +212,7 @@ def test_a_cache_that_cannot_be_had_is_one_clear_error(monkeypatch):
     ],
 )
 def test_what_cannot_be_served_is_refused_before_a_weight_is_read(monkeypatch, options, match):
-    monkeypatch.setattr("jaxpaged.llm.load_huggingface", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("jaxpaged.llm.load", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=match):
         LLM("demo", show_progress=False, **options)
 

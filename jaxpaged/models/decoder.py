@@ -59,6 +59,7 @@ class Decoder(nnx.Module):
         """
         if len(layers) != config.num_layers:
             raise ValueError(f"{len(layers)} layers were built for num_layers={config.num_layers}")
+        self.config = config
         self.embedding = (
             Embedding(config.vocab_size, config.model_dim, dtype=config.dtype) if embedding is None else embedding
         )

@@ -80,7 +80,7 @@ def test_recomputed_and_tied_tensors_are_ignored_with_a_reason(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": "recomputed from rope_theta",
     }
     assert "tied to the embedding" in str(report)
-    assert report.num_source_tensors == report.num_parameters + 2
+    assert report.num_source_tensors == report.num_target_tensors + 2
     assert report.num_elements == sum(tensor.size for tensor in tensors.values())
 
 
