@@ -58,9 +58,9 @@ def convert(
         if not str(path).strip():
             raise ValueError(f"the {name} is empty: give the path of a folder")
     source, target = Path(source), Path(target)
-    _check_target(target, to, overwrite=overwrite)
     if target.exists() and target.resolve() == source.resolve():
         raise ValueError(f"{target}: is the source: choose another target")
+    _check_target(target, to, overwrite=overwrite)
     started = time.perf_counter()
     with open_source(source, dtype) as opened:
         if opened.format == to and (dtype is None or not opened.changes.get("cast")):

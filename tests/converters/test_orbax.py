@@ -1,0 +1,321 @@
+"""Orbax folders: the same model by every road, restored onto its devices, every fault refused by name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_checkpoints
+from flax import nnx
+from safetensors.numpy import load_file
+
+import converters.orbax as orbax
+from converters import convert, from_state, load
+from converters.__main__ import main
+from jaxpaged.models import checkpoint
+from jaxpaged.models.parameters import parameter_arrays
+from jaxpaged.models.random_model import random_model
+from jaxpaged.models.tensor_files import remove_dead_partials
+
+CASE = "gqa_tied"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def native(tmp_path) -> Path:
+    convert(tiny_checkpoints.write_case(tmp_path / "hf", CASE), tmp_path / "native", show_progress=False)
+    shutil.rmtree(tmp_path / "hf")
+    return tmp_path / "native"
+
+
+@pytest.fixture
+def folder(native) -> Path:
+    convert(native, native.parent / "orb", to="orbax", show_progress=False)
+    return native.parent / "orb"
+
+
+def assert_equal_models(left, right):
+    arrays = parameter_arrays(left)
+    assert arrays.keys() == parameter_arrays(right).keys()
+    for name, array in parameter_arrays(right).items():
+        assert array.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("road", ["huggingface", "native"])
+def test_what_is_restored_is_what_was_converted(tmp_path, road, dtype):
+    values = tiny_checkpoints.hf_config(CASE) | {"torch_dtype": dtype}
+    source = tiny_checkpoints.write_folder(tmp_path / "hf", values, tiny_checkpoints.weights(values), dtype=dtype)
+    if road == "native":
+        convert(source, tmp_path / "native", show_progress=False)
+        source = tmp_path / "native"
+    report = convert(source, tmp_path / "orb", to="orbax", show_progress=False)
+    config, model = load(source)
+    restored_config, restored = load(tmp_path / "orb")
+    assert restored_config == config
+    assert_equal_models(restored, model)
+    assert not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(restored)))
+    assert "(orbax)" in str(report)
+
+
+def test_what_has_to_change_on_its_way_is_changed(tmp_path):
+    values = tiny_checkpoints.hf_config(CASE) | {"torch_dtype": "float16"}
+    source = tiny_checkpoints.write_folder(tmp_path / "hf", values, tiny_checkpoints.weights(values), dtype="float16")
+    convert(source, tmp_path / "orb", to="orbax", show_progress=False)
+    assert_equal_models(load(tmp_path / "orb")[1], load(source)[1])
+    assert {path.name for path in (tmp_path / "orb").iterdir()} == {"config.json", "orbax"}
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_orbax_goes_on_to_the_other_formats(native, folder, to):
+    convert(folder, native.parent / "on", to=to, show_progress=False)
+    assert_equal_models(load(native.parent / "on")[1], load(native)[1])
+
+
+def test_weights_can_be_restored_in_another_type(native, folder):
+    config, model = load(folder, dtype="bfloat16")
+    assert config.dtype == "bfloat16"
+    assert_equal_models(model, load(native, dtype="bfloat16")[1])
+
+
+def test_a_caller_may_place_each_parameter(native, folder):
+    placed = []
+
+    def put(path, array):
+        placed.append(path)
+        return jnp.asarray(array)
+
+    assert_equal_models(load(folder, put=put)[1], load(native)[1])
+    assert placed == list(parameter_arrays(load(native)[1]))
+    with pytest.raises(ValueError, match="put and sharding"):
+        orbax.load(folder, put=put, sharding=lambda path: None)
+
+
+SHARDED = """
+import sys
+import jax
+import numpy as np
+import converters.orbax as orbax
+from jaxpaged.models import checkpoint
+from jaxpaged.models.parameters import parameter_arrays
+mesh = jax.sharding.Mesh(jax.devices(), ("parts",))
+def sharding(path):
+    cut = ("parts",) if path.endswith("kernel") else ()
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
+whole = parameter_arrays(checkpoint.load(sys.argv[1])[1])
+for path, array in parameter_arrays(orbax.load(sys.argv[2], sharding=sharding)[1]).items():
+    assert array.sharding == sharding(path), path
+    np.testing.assert_array_equal(array, whole[path], err_msg=path)
+print(len(jax.devices()))
+"""
+
+
+def test_parameters_are_restored_straight_onto_the_devices_of_a_mesh(native, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, native, folder],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+             "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "4"
+
+
+def test_a_state_that_a_trainer_saved_itself_is_read_too(native, folder):
+    config, model = checkpoint.load(native)
+    shutil.rmtree(folder / "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "orbax", nnx.state(model))
+    assert_equal_models(load(folder)[1], model)
+
+
+def test_orbax_reads_our_folder_as_a_tree_of_arrays(native, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder / "orbax")
+    assert set(tree) == {"embedding", "layers", "norm"}
+    kernel = tree["layers"]["1"]["attention"]["key"]["kernel"]
+    stored = load_file(native / "model.safetensors")
+    np.testing.assert_array_equal(kernel, stored["layers.1.attention.key.kernel"])
+
+
+# ---- a live model ----
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface", "orbax"])
+def test_a_live_state_becomes_a_checkpoint_of_each_format(tmp_path, native, stories260k, to):
+    config = checkpoint.read_config(native)
+    model = random_model(config, 3)
+    report = from_state(
+        nnx.state(model), config, tmp_path / "out", to=to, tokenizer=stories260k, show_progress=False
+    )
+    loaded_config, loaded = load(tmp_path / "out")
+    # the stop tokens of the tokenizer's generation_config.json win
+    assert loaded_config == checkpoint.with_stop_tokens(stories260k, config)
+    assert_equal_models(loaded, model)
+    assert set(report.copied_files) == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert "a model in memory" in str(report)
+
+
+def test_a_module_its_state_and_dictionaries_are_one(tmp_path, native):
+    config, model = checkpoint.load(native)
+    for index, state in enumerate((model, nnx.state(model), nnx.to_pure_dict(nnx.state(model)))):
+        from_state(state, config, tmp_path / str(index), show_progress=False)
+        assert_equal_models(load(tmp_path / str(index))[1], model)
+
+
+def test_a_live_state_that_is_not_the_model_is_refused_by_name(tmp_path, native):
+    config, model = checkpoint.load(native)
+
+    def case(change, said):
+        state = nnx.to_pure_dict(nnx.state(model))
+        change(state)
+        with pytest.raises(ValueError, match=said):
+            from_state(state, config, tmp_path / "out", to="huggingface", show_progress=False)
+        assert not (tmp_path / "out").exists()
+
+    case(lambda s: s.pop("norm"), "state: missing parameters: norm.scale")
+    case(lambda s: s.update(moments={"mu": jnp.ones(3)}), "does not have: moments.mu")
+    case(lambda s: s["norm"].update(scale=jnp.ones(3)), r"state: parameter 'norm.scale' has shape \[3\]")
+    case(lambda s: s["norm"].update(scale=jnp.ones(32, jnp.int32)), "'norm.scale' has element type int32")
+    case(lambda s: s["norm"].update(scale=1.0), "state: 'norm.scale' is a float")
+    with pytest.raises(ValueError, match="state of type list is not understood: give nnx.state"):
+        from_state([1], config, tmp_path / "out", show_progress=False)
+    with pytest.raises(ValueError, match="has no tokenizer files"):
+        from_state(model, config, tmp_path / "out", tokenizer=tmp_path, show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- faults ----
+
+
+def rebuild(change):
+    """Save another tree in place of the checkpoint."""
+
+    def edit(folder: Path) -> None:
+        stored = load_file(folder.parent / "native" / "model.safetensors")
+        tree = {tuple(name.split(".")): array for name, array in stored.items()}
+        change(tree)
+        nested: dict = {}
+        for keys, value in tree.items():
+            node = nested
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            node[keys[-1]] = value
+        shutil.rmtree(folder / "orbax")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "orbax", nested)
+
+    return edit
+
+
+def data_files(folder: Path) -> list[Path]:
+    return sorted((path for path in (folder / "orbax").rglob("d/*")), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder: Path) -> None:
+    path = data_files(folder)[-1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_data(folder: Path) -> None:
+    for path in data_files(folder):
+        path.unlink()
+
+
+NORM = ("norm", "scale")
+FAULTS = {
+    "checkpoint gone": (lambda folder: shutil.rmtree(folder / "orbax"), "orb/orbax: not there"),
+    "tree gone": (lambda folder: (folder / "orbax" / "_METADATA").unlink(), "orb/orbax: "),
+    "tree broken": (lambda folder: (folder / "orbax" / "_METADATA").write_text("{"), "orb/orbax: "),
+    "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config gone": (lambda folder: (folder / "config.json").unlink(), "no config.json beside it"),
+    "missing": (rebuild(lambda tree: tree.pop(NORM)), "missing parameters: norm.scale"),
+    "extra": (rebuild(lambda tree: tree.update({("surprise",): np.ones(2, np.float32)})), "does not have: surprise"),
+    "shape": (rebuild(lambda tree: tree.update({NORM: np.ones(3, np.float32)})), "'norm.scale' has shape [3]"),
+    "type": (rebuild(lambda tree: tree.update({NORM: np.ones(32, np.int32)})), "'norm.scale' has element type int32"),
+    "scalar": (rebuild(lambda tree: tree.update({NORM: 1.5})), "norm.scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_refused_by_name_and_leaves_nothing_behind(folder, capsys, fault):
+    damage, named = FAULTS[fault]
+    damage(folder)
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  (the text is checked below)
+        load(folder)
+    assert named in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+    assert main([str(folder), str(folder.parent / "out"), "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert named in printed.err
+    assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
+
+
+@pytest.mark.parametrize("damage", [no_data, truncate])
+def test_damaged_data_is_refused_by_name_and_leaves_nothing_behind(folder, damage):
+    damage(folder)
+    # in a process of its own: where reading fails, orbax leaves coroutines that complain when they are collected
+    done = subprocess.run(
+        [sys.executable, "-m", "converters", folder, folder.parent / "out", "--quiet"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert f"{folder / 'orbax'}: parameters" in error
+    assert "cannot be restored" in error
+    assert done.stdout == ""
+    assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
+
+
+def test_a_bare_orbax_checkpoint_is_told_what_it_lacks(folder):
+    with pytest.raises(ValueError, match="an Orbax checkpoint, but no config.json beside it"):
+        load(folder / "orbax")
+
+
+def test_only_a_folder_of_ours_is_overwritten(native, folder):
+    with pytest.raises(ValueError, match="exists"):
+        convert(native, folder, to="orbax", show_progress=False)
+    convert(native, folder, to="orbax", overwrite=True, show_progress=False)
+    assert_equal_models(load(folder)[1], load(native)[1])
+    (folder / "thesis").mkdir()
+    with pytest.raises(ValueError, match="not an Orbax folder of ours"):
+        convert(native, folder, to="orbax", overwrite=True, show_progress=False)
+    assert (folder / "thesis").is_dir()
+    assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
+
+
+KILLED = """
+import os, signal, sys
+import converters.orbax as orbax
+from converters import convert
+from jaxpaged.models import checkpoint
+checkpoint.write_facts = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], sys.argv[2], to="orbax", show_progress=False)
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one(native):
+    target = native.parent / "orb"
+    killed = subprocess.run([sys.executable, "-c", KILLED, native, target], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    (left,) = native.parent.glob(".orb.partial-*")
+    assert (left / "orbax").is_dir()
+    report = convert(native, target, to="orbax", show_progress=False)
+    assert report.removed_folders == (left,)
+    assert {path.name for path in native.parent.iterdir()} == {"native", "orb"}
+    assert remove_dead_partials(target) == ()
+
+
+def test_the_facts_stand_in_config_json(native, folder):
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("format") == "jaxpaged-orbax"
+    ours = json.loads((native / "config.json").read_text())
+    assert ours.pop("format") == "jaxpaged"
+    assert values == ours
