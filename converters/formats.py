@@ -115,7 +115,7 @@ def read_config(folder: Path, dtype: str | None) -> ModelConfig:
 
 
 def load(
-    folder: Path,
+    folder: Path | str,
     *,
     dtype: str | None = None,
     max_model_len: int | None = None,
@@ -126,7 +126,7 @@ def load(
     loaders: dict[str, Callable[..., tuple[ModelConfig, Decoder]]] = {
         NATIVE: checkpoint.load, HUGGINGFACE: load_huggingface, ORBAX: orbax.load,
     }  # fmt: skip
-    return loaders[format_of(folder)](
+    return loaders[format_of(Path(folder))](
         folder, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, put=put
     )
 

@@ -3,6 +3,7 @@
 The tree is that of `nnx.state(model)`: what a trainer in JAX saves. orbax is imported when it is used.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ FORMAT = "jaxpaged-orbax"
 SUBFOLDER = "orbax"
 MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 """Files that tell an Orbax checkpoint."""
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Of an array in the files: a device that restores its part reads whole chunks."""
 GROUPS = 16
 """In how many steps a checkpoint is restored: each reads the tree's metadata again."""
@@ -83,6 +84,8 @@ class OpenFolder:
     """With shapes in place of weights."""
     names: Mapping[str, tuple[str, ...]]
     """Where each parameter is in the tree, by path."""
+    most_bytes: Mapping[str, int]
+    """What reading a parameter takes at most: whole chunks, of float32 in the files or in memory."""
     num_cast: int
 
     def read(self, name: str) -> np.ndarray:
@@ -100,8 +103,9 @@ class OpenFolder:
     def _restore(self, names: Sequence[str], options: Callable[[str], Any]) -> list[Any]:
         ocp = _import()
         specs = parameter_specs(self.model)
-        most_bytes = max(specs[name].size * 4 for name in names)  # of float32, in files or in memory
-        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(most_bytes + 2**20) / 1e9)
+        # so that no second large one is read beside a large one
+        most_bytes = max(self.most_bytes[name] for name in names) + 2**20
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=most_bytes / 1e9)
         wanted = {self.names[name]: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype) for name in names}
         arguments = {self.names[name]: options(name) for name in names}
         with _naming(self.path, f"parameters {names[0]!r} to {names[-1]!r}"), ocp.Checkpointer(handler) as checkpointer:
@@ -145,7 +149,15 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
                 f"{path}: parameter {name!r} has element type {stored}: only {list(checkpoint.NUMPY_DTYPES)} are read"
             )
     num_cast = sum(np.dtype(leaf.dtype) != checkpoint.NUMPY_DTYPES[config.dtype] for _, leaf in leaves.values())
-    yield OpenFolder(path, config, model, {name: keys for name, (keys, _) in leaves.items()}, num_cast)
+    places = {name: keys for name, (keys, _) in leaves.items()}
+    most_bytes = {name: _read_bytes(leaf) for name, (_, leaf) in leaves.items()}
+    yield OpenFolder(path, config, model, places, most_bytes, num_cast)
+
+
+def _read_bytes(leaf: Any) -> int:
+    """Return the bytes of the chunks that cover an array, of 4 bytes an element."""
+    chunk = leaf.storage.chunk_shape if leaf.storage is not None and leaf.storage.chunk_shape else leaf.shape
+    return 4 * math.prod(-(-size // length) * length for size, length in zip(leaf.shape, chunk, strict=True))
 
 
 def load(

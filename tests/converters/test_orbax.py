@@ -268,7 +268,7 @@ def test_damaged_data_is_refused_by_name_and_leaves_nothing_behind(folder, damag
     )  # fmt: skip
     assert done.returncode == 1
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert f"{folder / 'orbax'}: parameters" in error
+    assert f"{folder / 'orbax'}: " in error
     assert "cannot be restored" in error
     assert done.stdout == ""
     assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
