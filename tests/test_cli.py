@@ -211,6 +211,17 @@ def test_a_plan_that_does_not_fit_is_refused_like_the_model_itself(capsys):
     assert len(error.strip().splitlines()) == 1
 
 
+def test_a_model_goes_to_every_format_by_the_command_line(tmp_path, capsys):
+    for to in ("native", "huggingface", "orbax"):
+        code = main(["convert", "demo", str(tmp_path / to), "--to", to, "--dtype", "float32"])
+        printed = capsys.readouterr()
+        assert (code, f"({to})" in printed.out) == (0, True), printed.err
+        assert "GB/s" in printed.out
+    with pytest.raises(SystemExit):
+        main(["convert", "demo", str(tmp_path / "other"), "--to", "gguf"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_demo_model_can_be_converted_by_its_name(tmp_path, capsys):
     assert main(["convert", "demo", str(tmp_path / "native")]) == 0
     assert (tmp_path / "native" / "config.json").is_file()

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from flax import nnx
 
-from converters import convert
+from converters import convert, load
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import FailedRequestWarning
 from jaxpaged.llm import DEMO_FOLDER, engine_config_from
+from jaxpaged.models.registry import build_abstract
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
 
@@ -312,3 +314,56 @@ def test_a_request_that_ends_in_an_error_is_named_in_one_warning_and_the_others_
     assert outputs[0].outputs[0].text == whole[0].outputs[0].text
     with pytest.warns(FailedRequestWarning, match="1 of 1 requests"):
         assert list(demo.stream("JULIET:\n", params))[-1].outputs[0].finish_reason == "error"
+
+
+def tokens_of(llm):
+    params = SamplingParams(temperature=0, max_tokens=12)
+    return llm.generate({"prompt_token_ids": [5, 6, 7, 8]}, params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def test_an_orbax_folder_and_what_went_back_to_hugging_face_are_served_like_the_folder_they_came_from(tmp_path, demo):
+    convert(DEMO_FOLDER, tmp_path / "native", show_progress=False)
+    for to in ("orbax", "huggingface"):
+        convert(tmp_path / "native", tmp_path / to, to=to, show_progress=False)
+        llm = LLM(tmp_path / to, max_num_seqs=8, max_num_batched_tokens=64, show_progress=False)
+        assert tokens_of(llm) == tokens_of(demo)
+        # the tokenizer came along
+        assert llm.generate("ROMEO:", SamplingParams(temperature=0), use_tqdm=False)[0].outputs[0].text
+
+
+def test_a_live_model_is_served_from_the_arrays_it_has(demo):
+    _, module = load(DEMO_FOLDER)
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "show_progress": False}
+    llm = LLM(module, tokenizer=DEMO_FOLDER, **options)
+    assert tokens_of(llm) == tokens_of(demo)
+    assert llm.generate("ROMEO:", SamplingParams(temperature=0), use_tqdm=False)[0].outputs[0].text
+    # as it is now: a training step between two engines shows
+    module.norm.scale[...] = -module.norm.scale[...]
+    assert tokens_of(LLM(module, **options)) != tokens_of(demo)
+    assert tokens_of(LLM(module, dtype="float32", **options))
+
+
+def test_a_live_model_without_a_tokenizer_takes_token_ids_only():
+    llm = LLM(load(DEMO_FOLDER)[1], max_num_seqs=8, max_num_batched_tokens=64, show_progress=False)
+    assert llm.get_default_sampling_params() == SamplingParams()
+    for call in (
+        lambda: llm.generate("text", use_tqdm=False),
+        lambda: llm.chat([{"role": "user", "content": "Hi"}], use_tqdm=False),
+        llm.get_tokenizer,
+    ):
+        with pytest.raises(ValueError, match="loaded without a tokenizer"):
+            call()
+
+
+def test_a_live_model_of_another_kind_or_with_weights_missing_is_refused():
+    with pytest.raises(ValueError, match=r"model=\(a Linear\) is not a path: .* or a Decoder"):
+        LLM(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), show_progress=False)
+    _, module = load(DEMO_FOLDER)
+    with pytest.raises(ValueError, match="state: 'embedding.table' is a ShapeDtypeStruct: only arrays"):
+        LLM(build_abstract(module.config), show_progress=False)
+
+
+def test_a_bare_orbax_checkpoint_is_told_what_it_lacks(tmp_path):
+    convert(DEMO_FOLDER, tmp_path / "orb", to="orbax", show_progress=False)
+    with pytest.raises(ValueError, match="an Orbax checkpoint, but no config.json beside it says what model it is"):
+        LLM(tmp_path / "orb" / "orbax", show_progress=False)
