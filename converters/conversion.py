@@ -55,7 +55,7 @@ class Conversion:
         values = usual_values(config, self.names) | self.values(config)
         reader = ConfigReader(values, self.architecture)
         self.facts(reader)
-        known = {"torch_dtype", *reader.known}
+        known = {"torch_dtype", "pad_token_id", *reader.known}
         values = {name: value for name, value in values.items() if name in known}
         values = {"architectures": [self.architecture], "model_type": self.model_type} | values
         if (found := self.translate(values, dtype=None, default_dtype=config.dtype)) != config:

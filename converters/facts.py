@@ -1,5 +1,6 @@
 """Facts that the config.json of many architectures states in one way: sizes, rotary positions, windows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -232,17 +233,17 @@ def upper_layers_sliding(reader: ConfigReader, num_layers: int) -> list[Any] | N
 def usual_values(config: ModelConfig, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the attributes that say a model's facts in most config.json files, in words of transformers 4 and 5.
 
-    The way back from `sizes`, `rope` and the attributes that many have. Whatever a file has in another way is for its
-    converter to say.
+    The way back from `sizes`, `rope` and the attributes that many have; `names` says what the file calls them. Whatever
+    a file has in another way is for its converter to say.
     """
     facts = config.as_json()
-    values = {names.get(name, name): value for name, value in facts.items() if name not in ("extras", "architecture")}
+    extras = {} if config.extras is None else dict.fromkeys(vars(config.extras)) | facts.pop("extras")
+    values = {names.get(name, name): value for name, value in (facts | extras).items() if name != "architecture"}
     values[names.get("activation", "activation")] = NAME_OF_ACTIVATION[config.activation]
     values[names.get("eos_token_ids", "eos_token_id")] = one_or_list(config.eos_token_ids)
-    values.pop(names.get("rotary_dim", "rotary_dim"), None)
-    if config.rotary_dim is not None:
-        # exact: the reader takes the whole part of the product
-        values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    factor_name = names.get("rotary_dim", "partial_rotary_factor")
+    if config.rotary_dim is not None or factor_name != "partial_rotary_factor":
+        values[factor_name] = rotary_factor(config)
     if isinstance(config.rope_scaling, LongRopeScaling):
         # transformers 4 looks for it here, and 5 here first
         values["original_max_position_embeddings"] = config.rope_scaling.original_max_position_embeddings
@@ -251,13 +252,21 @@ def usual_values(config: ModelConfig, names: Mapping[str, str]) -> dict[str, Any
     return values | {"torch_dtype": values.pop("dtype")}
 
 
+def rotary_factor(config: ModelConfig) -> float:
+    """Return the number of which `rotary_dim` is the whole part, times the head's dimensions."""
+    if config.rotary_dim is None:
+        return 1.0
+    factor = config.rotary_dim / config.head_dim
+    return factor if int(config.head_dim * factor) == config.rotary_dim else math.nextafter(factor, 1.0)
+
+
 def one_or_list(token_ids: Sequence[int]) -> int | list[int] | None:
     """Return what a config.json has for an eos_token_id: null, one id, or a list of several."""
     return list(token_ids) if len(token_ids) > 1 else next(iter(token_ids), None)
 
 
 def sliding_values(config: ModelConfig) -> dict[str, Any]:
-    """Return the attributes by which a Qwen says which layers have a window."""
+    """Return the attributes by which files say which layers have a window, where not all have."""
     windows = config.windows or (None,) * config.num_layers
     return {
         "use_sliding_window": config.windows is not None,

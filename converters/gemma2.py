@@ -4,7 +4,7 @@ from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion, norm
-from converters.facts import LLAMA_NAMES, rope, sizes, windows_by_type
+from converters.facts import LLAMA_NAMES, rope, sizes, sliding_values, windows_by_type
 from converters.llama import ATTENTION, GATED_MLP, HEAD_NORMS, ends
 from converters.rules import Row
 from jaxpaged.models.config import ModelConfig
@@ -57,6 +57,14 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
+def shared_values(config: ModelConfig) -> dict[str, Any]:
+    """Return what the files of Gemma 2 and 3 say in a way of their own."""
+    scalar = config.extras.query_pre_attn_scalar
+    # transformers takes whole numbers only
+    return sliding_values(config) | {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
+
+
 CONVERSION = Conversion(
-    architecture="Gemma2ForCausalLM", model_type="gemma2", facts=facts, rules=rules, names=NAMES
+    architecture="Gemma2ForCausalLM", model_type="gemma2", facts=facts, rules=rules, names=NAMES,
+    values=shared_values,
 )

@@ -5,7 +5,8 @@ from typing import Any
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion
 from converters.facts import rope_scaling, windows_by_type
-from converters.gemma2 import NAMES, rules, shared_facts
+from converters.gemma2 import NAMES, rules, shared_facts, shared_values
+from jaxpaged.models.config import ModelConfig
 
 THETA, WINDOW_THETA = 1_000_000.0, 10_000.0
 
@@ -59,6 +60,21 @@ def ropes_by_type(reader: ConfigReader) -> dict[str, dict[str, Any]]:
     return {kind: beside[kind] | (given.get(kind) or {}) for kind in beside}
 
 
+def values(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.as_json()["extras"].get("window_rope_scaling")
+    if scaling is None:
+        return shared_values(config)
+    # only transformers 5 has words for a scaling of the layers with a window
+    whole = config.as_json().get("rope_scaling") or {"rope_type": "default"}
+    return shared_values(config) | {
+        "rope_scaling": None,
+        "rope_parameters": {
+            "full_attention": whole | {"rope_theta": config.rope_theta},
+            "sliding_attention": scaling | {"rope_theta": config.extras.window_rope_theta},
+        },
+    }
+
+
 CONVERSION = Conversion(
-    architecture="Gemma3ForCausalLM", model_type="gemma3_text", facts=facts, rules=rules, names=NAMES
+    architecture="Gemma3ForCausalLM", model_type="gemma3_text", facts=facts, rules=rules, names=NAMES, values=values
 )

@@ -65,6 +65,11 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
+def values(config: ModelConfig) -> dict[str, Any]:
+    return {"_remove_final_layer_norm": config.extras.is_norm_before and not config.extras.has_final_norm}
+
+
 CONVERSION = Conversion(
-    architecture="OPTForCausalLM", model_type="opt", facts=facts, rules=rules, names=NAMES, optional_prefix="model."
+    architecture="OPTForCausalLM", model_type="opt", facts=facts, rules=rules, names=NAMES,
+    values=values, optional_prefix="model.",
 )

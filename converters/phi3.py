@@ -36,4 +36,8 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     return shape | positions | {"windows": equal_windows(reader.get("sliding_window"), shape["num_layers"])}
 
 
-CONVERSION = Conversion(architecture="Phi3ForCausalLM", model_type="phi3", facts=facts, rules=rules)
+def values(config: ModelConfig) -> dict[str, Any]:
+    return {"pad_token_id": None}  # the one that transformers assumes may be no token of this vocabulary
+
+
+CONVERSION = Conversion(architecture="Phi3ForCausalLM", model_type="phi3", facts=facts, rules=rules, values=values)

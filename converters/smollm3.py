@@ -4,8 +4,9 @@ from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion
-from converters.facts import rope, sizes, windows_by_type
+from converters.facts import rope, sizes, sliding_values, windows_by_type
 from converters.llama import rules
+from jaxpaged.models.config import ModelConfig
 
 
 def facts(reader: ConfigReader) -> dict[str, Any]:
@@ -27,4 +28,14 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
-CONVERSION = Conversion(architecture="SmolLM3ForCausalLM", model_type="smollm3", facts=facts, rules=rules)
+def values(config: ModelConfig) -> dict[str, Any]:
+    unrotated = config.extras.unrotated_layers
+    return sliding_values(config) | {
+        "no_rope_layers": [int(layer not in unrotated) for layer in range(config.num_layers)],
+        "pad_token_id": None,  # the one that transformers assumes may be no token of this vocabulary
+    }
+
+
+CONVERSION = Conversion(
+    architecture="SmolLM3ForCausalLM", model_type="smollm3", facts=facts, rules=rules, values=values
+)
