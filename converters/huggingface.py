@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from converters.architectures import ARCHITECTURES, NAME_OF_MODEL_TYPE
 from converters.conversion import Conversion
-from converters.rules import Assignment, Ignore, Part, Plan, Row, make_plan
+from converters.rules import KEEP, Assignment, Ignore, Part, Plan, Row, make_plan
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import fill, parameter_specs, place
+from jaxpaged.models.parameters import fill, is_used_in_place, parameter_specs, place
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import TensorFolder, read_json
 
@@ -141,13 +141,21 @@ def load_huggingface(
     (default: on the default device). Whatever is wrong raises ValueError before any weight is read.
     """
     with open_checkpoint(Path(source), dtype, max_model_len=max_model_len) as opened:
-        return opened.config, fill(opened.model, _parameters(opened, show_progress=show_progress), put=put or place)
+        parameters = _parameters(opened, put is None, show_progress=show_progress)
+        return opened.config, fill(opened.model, parameters, put=put or place)
 
 
-def _parameters(opened: OpenCheckpoint, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _parameters(
+    opened: OpenCheckpoint, is_placed_here: bool, *, show_progress: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     assignments = opened.plan.assignments
+    wanted = checkpoint.NUMPY_DTYPES[opened.config.dtype]
+    in_order = [name for assignment in assignments if assignment.part is None for name in assignment.sources]
     opened.tensors.expect(
-        name for assignment in assignments if assignment.part is None for name in assignment.sources
+        in_order,
+        are_kept=is_placed_here and is_used_in_place()
+        and all(one.transform is KEEP and not one.is_stacked for one in assignments)
+        and all(spec.dtype == wanted for spec in opened.tensors.specs.values()),
     )
     for assignment in tqdm(assignments, unit="tensor", desc="weights", disable=not show_progress):
         yield assignment.target, opened.read(assignment)

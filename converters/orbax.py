@@ -85,7 +85,7 @@ class OpenFolder:
     names: Mapping[str, tuple[str, ...]]
     """Where each parameter is in the tree, by path."""
     most_bytes: Mapping[str, int]
-    """What reading a parameter takes at most: whole chunks, of float32 in the files or in memory."""
+    """What reading a parameter takes at most: whole chunks, in the files or in memory."""
     num_cast: int
 
     def read(self, name: str) -> np.ndarray:
@@ -150,14 +150,15 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
             )
     num_cast = sum(np.dtype(leaf.dtype) != checkpoint.NUMPY_DTYPES[config.dtype] for _, leaf in leaves.values())
     places = {name: keys for name, (keys, _) in leaves.items()}
-    most_bytes = {name: _read_bytes(leaf) for name, (_, leaf) in leaves.items()}
+    most_bytes = {name: _read_bytes(leaf, config.dtype) for name, (_, leaf) in leaves.items()}
     yield OpenFolder(path, config, model, places, most_bytes, num_cast)
 
 
-def _read_bytes(leaf: Any) -> int:
-    """Return the bytes of the chunks that cover an array, of 4 bytes an element."""
+def _read_bytes(leaf: Any, dtype: str) -> int:
+    """Return the bytes of the chunks that cover an array, in the files or in `dtype`, whichever is more."""
+    itemsize = max(np.dtype(leaf.dtype).itemsize, checkpoint.NUMPY_DTYPES[dtype].itemsize)
     chunk = leaf.storage.chunk_shape if leaf.storage is not None and leaf.storage.chunk_shape else leaf.shape
-    return 4 * math.prod(-(-size // length) * length for size, length in zip(leaf.shape, chunk, strict=True))
+    return itemsize * math.prod(-(-size // length) * length for size, length in zip(leaf.shape, chunk, strict=True))
 
 
 def load(

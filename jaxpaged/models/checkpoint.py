@@ -20,7 +20,14 @@ from tqdm import tqdm
 from jaxpaged.models.config import DTYPES, GenerationDefaults, ModelConfig
 from jaxpaged.models.data_file import cast
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import check_names, fill, parameter_arrays, parameter_specs, place
+from jaxpaged.models.parameters import (
+    check_names,
+    fill,
+    is_used_in_place,
+    parameter_arrays,
+    parameter_specs,
+    place,
+)
 from jaxpaged.models.registry import build_abstract, parse_config
 from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
 
@@ -243,7 +250,10 @@ def load(
         config = config_with_dtype(config, dtype)
     model = build_abstract(config, max_model_len=max_model_len)
     with open_weights(folder, model) as tensors:
-        arrays = _cast(tensors, NUMPY_DTYPES[config.dtype], show_progress=show_progress)
+        dtype_kept = NUMPY_DTYPES[config.dtype]
+        are_kept = put is None and is_used_in_place() and all(s.dtype == dtype_kept for s in tensors.specs.values())
+        tensors.expect(tensors.specs, are_kept=are_kept)
+        arrays = _cast(tensors, dtype_kept, show_progress=show_progress)
         return config, fill(model, arrays, put=put or place)
 
 
@@ -273,7 +283,6 @@ def open_weights(folder: Path, model: Decoder) -> Iterator[TensorFolder]:
 
 def _cast(tensors: TensorFolder, dtype: np.dtype, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     total = sum(spec.num_bytes for spec in tensors.specs.values())
-    tensors.expect(tensors.specs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
         for name, spec in tensors.specs.items():
             yield name, cast(tensors.read(name), dtype)

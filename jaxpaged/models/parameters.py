@@ -57,6 +57,11 @@ def place(path: str, array: jax.Array | np.ndarray) -> jax.Array:
     return jax.block_until_ready(jax.device_put(array))
 
 
+def is_used_in_place() -> bool:
+    """Say whether `place` makes parameters of aligned numpy arrays without a copy."""
+    return jax.default_backend() == "cpu"
+
+
 def fill(
     model: Model,
     arrays: Mapping[str, jax.Array | np.ndarray] | Iterable[tuple[str, jax.Array | np.ndarray]],

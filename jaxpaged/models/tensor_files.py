@@ -30,6 +30,8 @@ FINITE_CHUNK = 2**20
 """Elements looked at together for NaN and infinity."""
 SUBFOLDERS = ("orbax", "native")
 """How the names of folders begin that conversions make inside the folder they write."""
+KEPT_AHEAD_BYTES = 256 * 2**20
+"""What may be read ahead of its turn where that costs no memory: enough that no thread waits for another."""
 COMPARED_BYTES = 16 * 2**20
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
@@ -122,14 +124,15 @@ class TensorFolder:
         self._begin_expected()
         return data.view(self.specs[name].dtype).reshape(self.specs[name].shape)
 
-    def expect(self, names: Iterable[str]) -> None:
+    def expect(self, names: Iterable[str], *, are_kept: bool = False) -> None:
         """Let `read` begin with the tensors that will be read next, while the one before is used.
 
         `names` is the order in which they will be read. What is begun before its turn takes half the memory of the
-        largest of them at most.
+        largest of them at most; more where `are_kept`: where the arrays become the parameters, it will be taken anyway.
         """
         self._expected = deque(names)
-        self._most_ahead = max((self.specs[name].num_bytes for name in self._expected), default=0) // 2
+        half = max((self.specs[name].num_bytes for name in self._expected), default=0) // 2
+        self._most_ahead = max(half, KEPT_AHEAD_BYTES) if are_kept else half
 
     def _begin_expected(self) -> None:
         ahead = sum(self.specs[name].num_bytes for name in self._begun)
