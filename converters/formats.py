@@ -20,18 +20,10 @@ from converters.sources import FORMATS, HUGGINGFACE, NATIVE, ORBAX, Source, form
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.new_folder import new_folder, remove_dead_partials, remove_folder
 from jaxpaged.models.parameters import fill, parameter_specs, place
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.models.tensor_files import (
-    INDEX_FILE,
-    TensorFolder,
-    TensorSpec,
-    new_folder,
-    read_json,
-    remove_dead_partials,
-    remove_folder,
-    write_tensors,
-)
+from jaxpaged.models.tensor_files import INDEX_FILE, TensorFolder, TensorSpec, read_json, write_tensors
 
 SPOOL = "native"
 """Name of the folder inside the one that is written, for what has to change before Orbax can have it."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from jaxpaged.models.config import DTYPES, GenerationDefaults, ModelConfig
 from jaxpaged.models.data_file import cast
 from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.new_folder import new_folder
 from jaxpaged.models.parameters import (
     check_names,
     fill,
@@ -29,7 +30,7 @@ from jaxpaged.models.parameters import (
     place,
 )
 from jaxpaged.models.registry import build_abstract, parse_config
-from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, new_folder, read_json, write_tensors
+from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, read_json, write_tensors
 
 FORMAT = "jaxpaged"
 FORMAT_VERSION = 2

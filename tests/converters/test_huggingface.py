@@ -15,8 +15,8 @@ from tiny_checkpoints import hf_config, weights, write_case, write_folder
 from converters import convert, load_huggingface
 from converters.__main__ import main
 from jaxpaged.models import checkpoint
+from jaxpaged.models.new_folder import remove_dead_partials
 from jaxpaged.models.parameters import parameter_arrays
-from jaxpaged.models.tensor_files import remove_dead_partials
 
 CASE = "gqa_tied"
 INDEX = "model.safetensors.index.json"

@@ -19,9 +19,9 @@ import converters.orbax as orbax
 from converters import convert, from_state, load
 from converters.__main__ import main
 from jaxpaged.models import checkpoint
+from jaxpaged.models.new_folder import remove_dead_partials
 from jaxpaged.models.parameters import parameter_arrays
 from jaxpaged.models.random_model import random_model
-from jaxpaged.models.tensor_files import remove_dead_partials
 
 CASE = "gqa_tied"
 ROOT = Path(__file__).parents[2]
