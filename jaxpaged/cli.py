@@ -225,6 +225,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_engine_flags(plan, with_model=False)
     plan.set_defaults(run=_plan, module="jaxpaged.llm")
 
+    models = add_verb("models", help="architectures that are served, as a table in Markdown")
+    models.set_defaults(run=_models, module="jaxpaged.models.registry")
+
     info = add_verb("info", help="versions, devices, and which attention kernels are usable and why")
     info.set_defaults(run=_info, module="pallas_kernels")
     return parser
@@ -501,6 +504,13 @@ def _plan(options: argparse.Namespace, started: float) -> int:
     from jaxpaged.llm import plan_for  # noqa: PLC0415  a verb imports what it needs
 
     print(plan_for(options.model_name, **_engine_options(options)))
+    return 0
+
+
+def _models(options: argparse.Namespace, started: float) -> int:
+    from jaxpaged.models.registry import support_matrix  # noqa: PLC0415  a verb imports what it needs
+
+    print(support_matrix())
     return 0
 
 

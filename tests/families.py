@@ -211,6 +211,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        SMALL | {
+            "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7,
+            "intermediate_size": 20,
+        },
+    ),
+    "mixtral_mha": (
+        "MixtralForCausalLM",
+        SMALL | {
+            "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 1, "num_key_value_heads": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        SMALL | {
+            "model_type": "qwen3_moe", "head_dim": 6, "num_experts": 7, "num_experts_per_tok": 3,
+            "moe_intermediate_size": 14, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe_mha": (
+        "Qwen3MoeForCausalLM",
+        SMALL | {
+            "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+            "norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [], "num_key_value_heads": 6,
+            "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "attention_bias": True,
+        },
+    ),
 }
 """(architecture, config.json) of each case."""
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from jaxpaged.config import OPTIONS
+from jaxpaged.models.registry import support_matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +20,12 @@ def test_the_table_of_options_is_that_of_the_config():
     found = re.search(r"<!-- options: begin -->\n(.*?)\n?<!-- options: end -->", README, re.DOTALL)
     assert found is not None
     assert found.group(1) == options_table()
+
+
+def test_the_table_of_models_is_that_of_the_registry():
+    found = re.search(r"<!-- models: begin -->\n(.*?)\n?<!-- models: end -->", README, re.DOTALL)
+    assert found is not None
+    assert found.group(1) == support_matrix()
 
 
 def test_every_link_to_a_file_leads_to_one():

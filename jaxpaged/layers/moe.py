@@ -1,8 +1,8 @@
 """A mixture of experts: each token goes through the few gated MLPs that a router picks for it, and no others are read.
 
-Tokens are sorted by expert. On TPU their products are grouped (`jax.lax.ragged_dot`). Elsewhere XLA makes that dense,
-which multiplies every token with every expert, so a loop takes blocks of rows of one expert there, as many as there
-are: README, decision 9.
+Tokens are sorted by expert. On TPU their products are grouped (`jax.lax.ragged_dot_general`). Elsewhere XLA makes that
+one dense, which multiplies every token with every expert, so there a loop takes blocks of rows of one expert each, as
+many as there are: README, decision 9.
 """
 
 from collections.abc import Callable, Mapping

@@ -27,6 +27,29 @@ LARGEST = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The facts of a mixture of experts."""
+
+    num_experts: int
+    num_experts_per_token: int
+    expert_dim: int
+    """Width of an expert, as mlp_dim is that of an MLP."""
+    normalises_weights: bool
+    """The weights of a token's experts add up to 1; otherwise they are the router's probabilities."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have one MLP of mlp_dim in place of experts, counted from 0."""
+
+    def __post_init__(self) -> None:
+        for name, largest in (("num_experts", 2**14), ("expert_dim", LARGEST["mlp_dim"])):
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number from 1 to {largest}")
+        if not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token} must be from 1 to num_experts={self.num_experts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The facts of one checkpoint. A value out of range raises ValueError with its name and what is allowed.
 
@@ -59,6 +82,8 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
+    experts: ExpertsConfig | None = None
+    """None where the MLPs are no mixtures."""
     dtype: str
     """What the weights are kept as: float32 or bfloat16."""
     bos_token_id: int | None = None

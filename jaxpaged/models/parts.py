@@ -6,6 +6,7 @@ from typing import Any
 from jaxpaged.layers.attention import Attention
 from jaxpaged.layers.decoder_layer import DecoderLayer
 from jaxpaged.layers.mlp import MLP, GatedMLP
+from jaxpaged.layers.moe import SparseMLP
 from jaxpaged.layers.norm import LayerNorm, RMSNorm
 from jaxpaged.layers.rope import RopeScaling, RopeTable, build_rope_table
 from jaxpaged.models.config import ModelConfig
@@ -29,6 +30,28 @@ def gated_mlp(config: ModelConfig) -> GatedMLP:
     return GatedMLP(
         config.model_dim, config.mlp_dim, activation=config.activation, use_bias=config.mlp_bias, dtype=config.dtype
     )
+
+
+def sparse_mlp(config: ModelConfig) -> SparseMLP:
+    if config.experts is None:
+        raise ValueError(f"experts is missing: {config.architecture} is a mixture")
+    return SparseMLP(
+        config.model_dim,
+        config.experts.expert_dim,
+        num_experts=config.experts.num_experts,
+        num_experts_per_token=config.experts.num_experts_per_token,
+        normalises_weights=config.experts.normalises_weights,
+        activation=config.activation,
+        dtype=config.dtype,
+    )
+
+
+def mixed_mlps(config: ModelConfig) -> list[GatedMLP | SparseMLP]:
+    """Return the MLP of each layer: a mixture, or in the config's dense layers a gated one."""
+    dense_layers = () if config.experts is None else config.experts.dense_layers
+    return [
+        gated_mlp(config) if layer in dense_layers else sparse_mlp(config) for layer in range(config.num_layers)
+    ]
 
 
 def plain_mlp(config: ModelConfig) -> MLP:

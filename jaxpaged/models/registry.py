@@ -17,10 +17,12 @@ from jaxpaged.models.gpt2 import gpt2
 from jaxpaged.models.gpt_neox import GPTNeoXExtras, gpt_neox
 from jaxpaged.models.gptj import gptj
 from jaxpaged.models.llama import llama
+from jaxpaged.models.mixtral import mixtral
 from jaxpaged.models.olmo2 import olmo2
 from jaxpaged.models.opt import OPTExtras, opt
 from jaxpaged.models.qwen2 import qwen2
 from jaxpaged.models.qwen3 import qwen3
+from jaxpaged.models.qwen3_moe import qwen3_moe
 from jaxpaged.models.smollm3 import SmolLM3Extras, smollm3
 from jaxpaged.models.starcoder2 import starcoder2
 
@@ -87,6 +89,14 @@ MODELS: Mapping[str, Architecture] = MappingProxyType(
         ),
         "Starcoder2ForCausalLM": Architecture(
             build=starcoder2, examples="StarCoder 2", features="layer norms; plain MLP; biases; sliding window"
+        ),
+        "MixtralForCausalLM": Architecture(
+            build=mixtral, examples="Mixtral 8x7B and 8x22B", features="mixture of experts; sliding window"
+        ),
+        "Qwen3MoeForCausalLM": Architecture(
+            build=qwen3_moe,
+            examples="Qwen 3 30B-A3B and 235B-A22B",
+            features="mixture of experts, plain MLPs in some layers; query and key norms; sliding window",
         ),
         "GPT2LMHeadModel": Architecture(
             build=gpt2,

@@ -132,7 +132,11 @@ def activation_bytes(
 ) -> int:
     """A bound on the temporaries of one step of this size, on one of the devices that share the model."""
     cut = 3 * config.mlp_dim + 2 * config.num_q_heads * config.head_dim
-    widest = 4 * config.model_dim + -(-cut // num_devices)
+    whole = 4 * config.model_dim
+    if config.experts is not None:  # each token once for each of its experts
+        whole += 3 * config.experts.num_experts_per_token * config.model_dim
+        cut += 3 * config.experts.num_experts_per_token * config.experts.expert_dim
+    widest = whole + -(-cut // num_devices)
     return num_tokens * widest * max(itemsize, 4) + 4 * num_logits * config.vocab_size * 4
 
 
