@@ -72,6 +72,12 @@ OPT = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaForCausalLM", SMALL | {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 6}
+    ),
+    "llama_tied": (
+        "LlamaForCausalLM", SMALL | {"model_type": "llama", "num_key_value_heads": 6, "tie_word_embeddings": True}
+    ),
     "mistral": ("MistralForCausalLM", SMALL | {"model_type": "mistral", "sliding_window": 7}),
     "mistral_tied": (
         "MistralForCausalLM",
