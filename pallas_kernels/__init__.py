@@ -6,7 +6,7 @@ Read first: AttentionMetadata.
 
 from pallas_kernels.checks import check_copies, check_metadata
 from pallas_kernels.copy_blocks.copy_blocks import copy_blocks, gather_blocks, scatter_blocks
-from pallas_kernels.linear.linear import linear, linear_misfit
+from pallas_kernels.linear.linear import linear, linear_at, linear_misfit
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, AttentionCase, explain, misfits, paged_attention, pick
 from pallas_kernels.paged_attention.layout import KVLayout
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, make_metadata
@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "gather_blocks",
     "linear",
+    "linear_at",
     "linear_misfit",
     "lowering_for",
     "make_metadata",

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.mlp import ACTIVATIONS
 from jaxpaged.sharding import sum_over
-from pallas_kernels import linear, target_platform
+from pallas_kernels import linear_at, target_platform
 
 LEAST_BLOCK, LARGEST_BLOCK = 8, 128
 """Rows of a block, between which lies the expected number of rows of an expert."""
@@ -111,12 +111,13 @@ def in_blocks(
     last_blocks = jnp.cumsum(blocks)
 
     def take(index: Array, outputs: Array) -> Array:
-        expert = jnp.searchsorted(last_blocks, index, side="right")
+        expert = jnp.searchsorted(last_blocks, index, side="right").astype(jnp.int32)
         start = first_rows[expert] + (index - last_blocks[expert] + blocks[expert]) * size
         block = jax.lax.dynamic_slice_in_dim(padded, start, size)
-        gate, up, down = (jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in kernels)
-        inner = (activation(linear(block, gate)) * linear(block, up)).astype(rows.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(outputs, linear(inner, down).astype(rows.dtype), start, 0)
+        gate, up, down = kernels
+        inner = (activation(linear_at(block, gate, expert)) * linear_at(block, up, expert)).astype(rows.dtype)
+        result = linear_at(inner, down, expert).astype(rows.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(outputs, result, start, 0)
 
     return jax.lax.fori_loop(0, last_blocks[-1], take, jnp.zeros_like(padded))[:num_rows]
 

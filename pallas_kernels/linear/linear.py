@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native_library import NativeLibrary
 from pallas_kernels.platform import target_platform
@@ -16,7 +16,8 @@ from pallas_kernels.platform import target_platform
 IMPLEMENTATIONS = ("native_cpu", "xla")
 """By preference."""
 SYMBOL = "linear_float32"
-LIBRARY = NativeLibrary(Path(__file__).with_name("native_cpu.cc"), (SYMBOL,))
+SYMBOL_AT = "linear_float32_at"
+LIBRARY = NativeLibrary(Path(__file__).with_name("native_cpu.cc"), (SYMBOL, SYMBOL_AT))
 
 
 def _xla(inputs: Array, kernel: Array) -> Array:
@@ -33,6 +34,25 @@ def _native_cpu(inputs: Array, kernel: Array) -> Array:
 def _native_cpu_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     inputs, kernel = primals
     return _native_cpu(inputs, kernel), _xla(tangents[0], kernel) + _xla(inputs, tangents[1])
+
+
+def _xla_at(inputs: Array, kernels: Array, index: Array) -> Array:
+    nearest = jnp.clip(index, 0, kernels.shape[0] - 1)  # jax counts a negative index from the end
+    return _xla(inputs, jax.lax.dynamic_index_in_dim(kernels, nearest, keepdims=False))
+
+
+@jax.custom_jvp
+def _native_cpu_at(inputs: Array, kernels: Array, index: Array) -> Array:
+    result = jax.eval_shape(_xla_at, inputs, kernels, index)
+    call = jax.ffi.ffi_call(LIBRARY.target(SYMBOL_AT), result, vmap_method="sequential")
+    return call(inputs, kernels, index.reshape(1))
+
+
+@_native_cpu_at.defjvp
+def _native_cpu_at_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    inputs, kernels, index = primals
+    tangent = _xla_at(tangents[0], kernels, index) + _xla_at(inputs, tangents[1], index)
+    return _native_cpu_at(inputs, kernels, index), tangent
 
 
 def linear_misfit(implementation: str, dtype: str) -> str | None:
@@ -72,3 +92,33 @@ def linear(
     elif (reason := linear_misfit(implementation, dtype)) is not None:
         raise ValueError(f"{implementation} {reason}: use implementation='xla'")
     return _native_cpu(inputs, kernel) if implementation == "native_cpu" else _xla(inputs, kernel)
+
+
+def linear_at(
+    inputs: Float[Array, "rows in_dim"],
+    kernels: Float[Array, "number out_dim in_dim"],
+    index: Int[Array, ""],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "rows out_dim"]:
+    """Return `linear(inputs, kernels[index])`; the compiled kernel reads that one where it lies, XLA's may copy it first.
+
+    An index out of range takes the nearest. Raises ValueError as `linear` does.
+    """
+    if inputs.dtype != kernels.dtype or index.dtype != jnp.int32:
+        raise ValueError(
+            f"inputs are {inputs.dtype}, kernels {kernels.dtype} and the index {index.dtype}: the first two must be "
+            "equal, the index int32"
+        )
+    if inputs.ndim != 2 or kernels.ndim != 3 or inputs.shape[1] != kernels.shape[2] or index.ndim:
+        raise ValueError(
+            f"inputs {inputs.shape}, kernels {kernels.shape} and index {index.shape} do not fit: [rows, in_dim], "
+            "[number, out_dim, in_dim] and () do"
+        )
+    dtype = str(inputs.dtype)
+    if implementation is None:
+        implementation = next(name for name in IMPLEMENTATIONS if linear_misfit(name, dtype) is None)
+    elif (reason := linear_misfit(implementation, dtype)) is not None:
+        raise ValueError(f"{implementation} {reason}: use implementation='xla'")
+    multiply = _native_cpu_at if implementation == "native_cpu" else _xla_at
+    return multiply(inputs, kernels, index)

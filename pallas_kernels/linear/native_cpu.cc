@@ -302,12 +302,7 @@ std::vector<Panel> make_panels(const Problem& p, Scratch& scratch) {
 
 // ------------------------------------------------------------------------------------------------------------ all
 
-ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> inputs, ffi::Buffer<ffi::F32> kernel,
-               ffi::Result<ffi::Buffer<ffi::F32>> outputs) {
-  const auto x = inputs.dimensions(), w = kernel.dimensions();
-  if (x.size() != 2 || w.size() != 2 || x[1] != w[1])
-    return ffi::Error::InvalidArgument("inputs must be [rows, in] and kernel [out, in]");
-  const Problem p = {inputs.typed_data(), kernel.typed_data(), outputs->typed_data(), x[0], w[0], x[1]};
+ffi::Error multiply(ffi::ThreadPool threads, const Problem& p) {
   static thread_local Scratch packed;  // other threads read it while this one waits for them
 
   // columns per item: so many that all threads end together, in cache, and worth another thread's start
@@ -334,6 +329,25 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> inputs, ffi::Buffe
   return ffi::Error::Success();
 }
 
+ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> inputs, ffi::Buffer<ffi::F32> kernel,
+               ffi::Result<ffi::Buffer<ffi::F32>> outputs) {
+  const auto x = inputs.dimensions(), w = kernel.dimensions();
+  if (x.size() != 2 || w.size() != 2 || x[1] != w[1])
+    return ffi::Error::InvalidArgument("inputs must be [rows, in] and kernel [out, in]");
+  return multiply(threads, {inputs.typed_data(), kernel.typed_data(), outputs->typed_data(), x[0], w[0], x[1]});
+}
+
+// the same with one kernel of many, which is read where it lies
+ffi::Error run_at(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> inputs, ffi::Buffer<ffi::F32> kernels,
+                  ffi::Buffer<ffi::S32> index, ffi::Result<ffi::Buffer<ffi::F32>> outputs) {
+  const auto x = inputs.dimensions(), w = kernels.dimensions();
+  if (x.size() != 2 || w.size() != 3 || x[1] != w[2] || w[0] < 1 || index.element_count() != 1)
+    return ffi::Error::InvalidArgument("inputs must be [rows, in], kernels [number, out, in] and index one of them");
+  const int64_t at = std::clamp<int64_t>(*index.typed_data(), 0, w[0] - 1);
+  const float* kernel = kernels.typed_data() + at * w[1] * w[2];
+  return multiply(threads, {inputs.typed_data(), kernel, outputs->typed_data(), x[0], w[1], x[1]});
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32, run,
@@ -341,4 +355,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32, run,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32_at, run_at,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

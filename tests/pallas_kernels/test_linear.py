@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import linear, linear_misfit, lowering_for, native_library
+from pallas_kernels import linear, linear_at, linear_misfit, lowering_for, native_library
 from pallas_kernels.linear.linear import LIBRARY
 
 IMPLEMENTATIONS = ["native_cpu", "xla"]
@@ -157,3 +157,40 @@ def test_it_is_right_when_compiled_for_an_older_processor(monkeypatch, tmp_path,
     for rows in ROWS:
         for out_dim, in_dim in ((5, 7), (100, 288), (130, 1100)):
             check(random(rows, in_dim), random(out_dim, in_dim, seed=1), "native_cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_kernel_of_many_is_multiplied_as_if_it_stood_alone(implementation: str, rows: int) -> None:
+    inputs = jax.random.normal(jax.random.key(0), (rows, 37))
+    kernels = jax.random.normal(jax.random.key(1), (3, 21, 37))
+    at = jax.jit(partial(linear_at, implementation=implementation))
+    for index in range(3):
+        alone = linear(inputs, kernels[index], implementation=implementation)
+        np.testing.assert_array_equal(at(inputs, kernels, jnp.int32(index)), alone)
+    for index, nearest in ((-1, 0), (99, 2)):
+        expected = linear(inputs, kernels[nearest], implementation=implementation)
+        np.testing.assert_array_equal(at(inputs, kernels, jnp.int32(index)), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_derivative_of_one_kernel_of_many_is_that_of_the_product(implementation: str) -> None:
+    inputs = jax.random.normal(jax.random.key(0), (4, 6))
+    kernels = jax.random.normal(jax.random.key(1), (3, 5, 6))
+
+    def loss(inputs, kernels):
+        return jnp.sum(linear_at(inputs, kernels, jnp.int32(1), implementation=implementation) ** 2)
+
+    found = jax.grad(loss, argnums=(0, 1))(inputs, kernels)
+    product = inputs @ kernels[1].T
+    np.testing.assert_allclose(found[0], 2 * product @ kernels[1], rtol=1e-4, atol=1e-4)
+    expected = jnp.zeros_like(kernels).at[1].set(2 * product.T @ inputs)
+    np.testing.assert_allclose(found[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_kernel_of_many_is_refused_by_what_does_not_fit() -> None:
+    inputs, kernels = jnp.zeros((2, 3)), jnp.zeros((4, 5, 3))
+    with pytest.raises(ValueError, match="the index int32"):
+        linear_at(inputs, kernels, jnp.zeros((), jnp.uint8))
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_at(inputs, kernels[0], jnp.int32(0))
