@@ -1,7 +1,7 @@
 """How long does a mixture of experts take when only the experts that are hit are multiplied, and when all are?
 
 One layer's experts, router apart, rows sorted by expert. With few tokens it is bound by memory: its ceiling is the
-kernels of the experts that are hit, read once. With many it is bound by products: those of each row with its own expert.
+kernels of the experts that are hit, read once. With many it is bound by products: each row's with its own expert.
 "dense" multiplies every row with every expert, what XLA makes of a ragged product outside of TPUs. The implementations
 take turns.
 

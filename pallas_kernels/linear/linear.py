@@ -101,7 +101,7 @@ def linear_at(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "rows out_dim"]:
-    """Return `linear(inputs, kernels[index])`; the compiled kernel reads that one where it lies, XLA's may copy it first.
+    """Return `linear(inputs, kernels[index])`; the compiled kernel reads that one where it lies, XLA may copy it first.
 
     An index out of range takes the nearest. Raises ValueError as `linear` does.
     """
