@@ -14,11 +14,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 from harness import make_engine, random_prompts, run, tiny_model  # noqa: E402  strict from the first trace on
 
+from jaxpaged.models.config import ExpertsConfig  # noqa: E402
 from jaxpaged.sampling_params import SamplingParams  # noqa: E402
 
 WIDE = {"model_dim": 64, "mlp_dim": 96, "num_q_heads": 8, "head_dim": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "multi-head": WIDE | {"num_kv_heads": 8},
+    "mixture": WIDE | {
+        "architecture": "MixtralForCausalLM", "num_kv_heads": 4, "mlp_dim": 32,
+        "experts": ExpertsConfig(num_experts=5, num_experts_per_token=2, expert_dim=32, normalises_weights=True),
+    },
+    "norms of all heads": WIDE | {"architecture": "Olmo2ForCausalLM", "num_kv_heads": 2},
     "few kv heads, tied": WIDE | {"num_kv_heads": 2, "tie_embeddings": True, "attention_bias": True, "mlp_bias": True},
 }
 """The vocabulary of 199 is cut by no number of devices."""

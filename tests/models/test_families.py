@@ -66,7 +66,8 @@ MATTERS = [
 @pytest.mark.parametrize(("case", "change"), MATTERS)
 def test_the_recorded_logits_would_notice_a_fact_that_is_not_obeyed(tmp_path, case, change):
     computed = logits_of(write_family(tmp_path, case, **change))
-    assert max(np.abs(c - r).max() for c, r in zip(computed, golden(case)["logits"], strict=True)) > 1e-2
+    # ten times what the logits of the port may differ by
+    assert max(np.abs(c - r).max() for c, r in zip(computed, golden(case)["logits"], strict=True)) > 1e-3
 
 
 FIRST = {architecture: case for case, (architecture, _) in reversed(CASES.items())}.values()
