@@ -1,4 +1,4 @@
-"""Files as their makers published them: every attribute is known, and the model has as many parameters as it is said to."""
+"""Files as their makers published them: every attribute is known, and models have as many parameters as is said."""
 
 import json
 
