@@ -15,9 +15,18 @@ _HOMES = {
     "FailedRequestWarning": "jaxpaged.engine.outputs",
     "RequestOutput": "jaxpaged.engine.outputs",
     "SamplingParams": "jaxpaged.sampling_params",
+    "StructuredOutputsParams": "jaxpaged.structured_outputs",
 }
 
-__all__ = ["LLM", "BeamSearchParams", "EngineConfig", "FailedRequestWarning", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "EngineConfig",
+    "FailedRequestWarning",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ SAMPLING_FLAGS = {
 }
 PYTHON_ONLY = {field.name for field in dataclasses.fields(SamplingParams)} - {*SAMPLING_FLAGS, "stop"}
 """Sampling parameters without a flag."""
-NO_FLAGS = ("seed", "max_logprobs")
+NO_FLAGS = ("seed", "max_logprobs", "logprobs_mode")
 """Engine options without a flag: a generation's seed is a sampling flag, and no verb prints log-probabilities."""
 VLLM_FLAGS = {
     "gpu_memory_utilization": "vLLM's name of --device-memory-fraction",

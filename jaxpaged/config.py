@@ -10,6 +10,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3", "float8_e4m3fn", "int8"]
 Preemption = Literal["auto", "swap", "recompute"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -41,6 +42,9 @@ class EngineConfig:
     batch_invariant: bool = _option(False, "one shape for every step: outputs are bit-exact in any company")
     run_ahead: bool = _option(True, "schedule a step while the one before it still runs")
     max_logprobs: int = _option(20, "most log-probabilities a request may ask for per token")
+    logprobs_mode: LogprobsMode = _option(
+        "raw_logprobs", "what logprobs report: of the model's logits (raw) or of what is drawn from (processed)"
+    )
     seed: int = _option(0, "seed of the requests that bring none")
 
     def __post_init__(self) -> None:
@@ -49,6 +53,7 @@ class EngineConfig:
             ("kv_cache_dtype", CacheDtype),
             ("preemption", Preemption),
             ("scheduling_policy", SchedulingPolicy),
+            ("logprobs_mode", LogprobsMode),
         ):
             value = getattr(self, name)
             if value not in get_args(allowed):

@@ -50,7 +50,8 @@ REMEDIES = {
     "quantization": "weights are not quantized; choose dtype, or kv_cache_dtype for the KV cache",
     "pipeline_parallel_size": "not supported; leave it out",
     "max_num_partial_prefills": "use max_num_batched_tokens",
-    "logits_processors": "not supported yet; use logit_bias, allowed_token_ids or bad_words",
+    "guided_decoding_backend": "there is one grammar backend: leave it out",
+    "structured_outputs_config": "there is one grammar backend: leave it out",
 }
 
 
@@ -95,7 +96,7 @@ def engine_config_from(options: Mapping[str, Any]) -> EngineConfig:
                 raise ValueError(f"swap_space={value!r} is not allowed: it must be a number of GiB")
             name, value = "host_memory_bytes", int(value * GIB)
         name = ALIASES.get(name, name)
-        if name == "trust_remote_code" and value is False or name == "logits_processors" and value is None:
+        if name == "trust_remote_code" and value is False:
             continue
         if name not in known:
             remedy = REMEDIES.get(name, f"choose among {', '.join(sorted(known))}")
@@ -139,6 +140,8 @@ class LLM:
         tokenizer: A folder with a tokenizer; the model's own folder if None. A live model without one is served
             prompts of token ids only.
         show_progress: Bars for loading and warm-up.
+        logits_processors: Functions by the names that `SamplingParams.logits_processors` asks for: pure JAX functions
+            of one row, `(logits, context, *, argument=default, ...)`, traced once; see the README.
         options: The fields of `EngineConfig`; vLLM's `gpu_memory_utilization` and `swap_space` (GiB) are understood.
 
     Raises ValueError with the cause and a remedy for anything that cannot be served.
@@ -146,7 +149,7 @@ class LLM:
 
     def __init__(
         self, model: str | Path | Decoder = "demo", *, tokenizer: str | Path | None = None, show_progress: bool = True,
-        **options: Any,
+        logits_processors: Mapping[str, Callable[..., Any]] | None = None, **options: Any,
     ) -> None:
         config = engine_config_from(options)
         keep_compiles()
@@ -178,7 +181,10 @@ class LLM:
         self._turn = Turn()
         self._open_stream: _OpenStream | None = None
         try:
-            self.engine = Engine(module, model_config, config, shapes, plan, tokenizer=text, mesh=mesh)
+            self.engine = Engine(
+                module, model_config, config, shapes, plan, tokenizer=text, mesh=mesh,
+                logits_processors=logits_processors,
+            )
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -345,18 +351,16 @@ class LLM:
         started = time.perf_counter()
         engine = self.engine
         buckets = engine.buckets_for(request_ids)
-        with_sampler = engine.needs_sampler(request_ids)
-        num_candidates = engine.num_candidates(request_ids)
-        cold = engine.runner.cold_buckets(buckets, with_sampler=with_sampler, num_candidates=num_candidates)
+        wanted: dict[str, Any] = {
+            "with_sampler": engine.needs_sampler(request_ids),
+            "num_candidates": engine.num_candidates(request_ids),
+            "with_extended": engine.needs_extended_sampler(request_ids),
+        }
+        cold = engine.runner.cold_buckets(buckets, **wanted)
         with tqdm(
             total=len(cold), desc="Warming up", unit="bucket", disable=not (self._show_progress and cold), leave=False
         ) as bar:
-            engine.warm_up(
-                cold,
-                lambda bucket, seconds: bar.update() and None,
-                with_sampler=with_sampler,
-                num_candidates=num_candidates,
-            )
+            engine.warm_up(cold, lambda bucket, seconds: bar.update() and None, **wanted)
         engine.warm_up_rows_and_copies(request_ids)
         if engine.can_run_out_of_blocks(request_ids):
             engine.warm_up_preemption()

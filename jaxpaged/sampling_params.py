@@ -1,11 +1,13 @@
 """What a user may ask of the sampler, checked once at the door (names and defaults follow vLLM's Python API)."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
+
+from jaxpaged.refusals import naming_unknown_fields, refuse, shown
+from jaxpaged.structured_outputs import StructuredOutputsParams
 
 MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`."""
@@ -17,6 +19,10 @@ MAX_STOP_TOKENS = 64
 """Most stop tokens of a request, those of the checkpoint included."""
 MAX_ALLOWED_TOKENS = 2**20
 """Most entries of `allowed_token_ids`: above any vocabulary."""
+MAX_LOGITS_PROCESSORS = 16
+"""Most logits processors of an engine, and so of a request."""
+MAX_ARGUMENT_NUMBERS = 2**20
+"""Most numbers in the arguments that a request gives to its logits processors."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 REMEDIES: Mapping[str, str] = {
     "best_of": "use n, and keep the best by cumulative_logprob",
@@ -24,8 +30,8 @@ REMEDIES: Mapping[str, str] = {
     "beam_width": "use BeamSearchParams",
     "length_penalty": "use BeamSearchParams",
     "early_stopping": "use BeamSearchParams",
-    "guided_decoding": "grammar-bound output is not supported yet; use allowed_token_ids, or leave it out",
-    "logits_processors": "not supported yet; use logit_bias, allowed_token_ids or bad_words",
+    "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
+    "extra_args": "use logits_processors={name: {argument: value}}",
     "max_new_tokens": "use max_tokens",
     "min_new_tokens": "use min_tokens",
     "do_sample": "use temperature; 0 is greedy",
@@ -37,61 +43,27 @@ REMEDIES: Mapping[str, str] = {
 }
 """What to use instead of names that other engines have."""
 
-Params = TypeVar("Params")
-
-
-def _naming_unknown_fields(cls: type[Params]) -> type[Params]:
-    """Make the dataclass answer unknown keywords with a ValueError that names the remedy, not with a bare TypeError."""
-    init: Callable[..., None] = cls.__init__
-
-    @functools.wraps(init)
-    def checked(self: Params, *arguments: Any, **values: Any) -> None:
-        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        for name in values:
-            if name not in known:
-                remedy = REMEDIES.get(name, f"choose among {', '.join(known)}")
-                raise ValueError(f"{name}={_shown(values[name])} is no field of {cls.__name__}: {remedy}")
-        init(self, *arguments, **values)
-
-    cls.__init__ = checked  # type: ignore[assignment]
-    return cls
-
-
-def _refuse(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{name}={_shown(value)} is not allowed: it must be {allowed}")
-
-
-def _shown(value: object) -> str:
-    """A short picture of any value; Python itself refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return f"(an integer of {value.bit_length()} bits)"
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        return f"({type(value).__name__} of length {len(value)})"
-    shown = repr(value[:80] if isinstance(value, (str, bytes)) else value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
 def _check_number(name: str, value: object, low: float, high: float, allowed: str, *, above_low: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number (no bool) in [low, high], or in (low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _refuse(name, value, allowed)
+        raise refuse(name, value, allowed)
     # an int too large for a float is out of every range here
     if isinstance(value, int) and abs(value) > 2**64:
-        raise _refuse(name, value, allowed)
+        raise refuse(name, value, allowed)
     if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
-        raise _refuse(name, value, allowed)
+        raise refuse(name, value, allowed)
 
 
 def _check_int(name: str, value: object, low: int, high: int, allowed: str) -> int:
     """The value as an int, which numpy's integers become, too."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise _refuse(name, value, allowed)
+        raise refuse(name, value, allowed)
     return int(value)
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise _refuse(name, value, "True or False")
+        raise refuse(name, value, "True or False")
 
 
 def _check_count(name: str, count: int, most: int) -> None:
@@ -102,21 +74,21 @@ def _check_count(name: str, count: int, most: int) -> None:
 def _check_strings(name: str, value: object, most: int) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple, set, frozenset)):
-        raise _refuse(name, value, "a non-empty string or a list of them")
+        raise refuse(name, value, "a non-empty string or a list of them")
     if isinstance(strings, (set, frozenset)):
         strings = sorted(strings, key=str)  # in one order in every process
     _check_count(name, len(strings), most)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise _refuse(f"{name} entry", string, "a non-empty string")
+            raise refuse(f"{name} entry", string, "a non-empty string")
         if any("\ud800" <= character <= "\udfff" for character in string):
-            raise _refuse(f"{name} entry", ascii(string), "valid Unicode text (it has a lone surrogate)")
+            raise refuse(f"{name} entry", ascii(string), "valid Unicode text (it has a lone surrogate)")
     return tuple(strings)
 
 
 def _check_token_ids(name: str, value: object, most: int) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple, set, frozenset, range)):
-        raise _refuse(name, value, "a list of token ids")
+        raise refuse(name, value, "a list of token ids")
     _check_count(name, len(value), most)
     return tuple(
         _check_int(f"{name} entry", token_id, 0, 2**31 - 1, "a token id (an integer of 0 or more)")
@@ -126,12 +98,12 @@ def _check_token_ids(name: str, value: object, most: int) -> tuple[int, ...]:
 
 def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, (dict, tuple)):
-        raise _refuse("logit_bias", value, "a mapping of token id to a number from -100 to 100")
+        raise refuse("logit_bias", value, "a mapping of token id to a number from -100 to 100")
     _check_count("logit_bias", len(value), MAX_LOGIT_BIAS)
     checked: dict[int, float] = {}
     for pair in value.items() if isinstance(value, dict) else value:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise _refuse("logit_bias entry", pair, "a pair of token id and number")
+            raise refuse("logit_bias entry", pair, "a pair of token id and number")
         token_id, bias = pair
         if isinstance(token_id, str) and token_id.isascii() and token_id.isdigit() and len(token_id) <= 10:
             token_id = int(token_id)  # JSON has string keys only
@@ -141,6 +113,55 @@ def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
             raise ValueError(f"logit_bias names token {token_id} twice: give it once")
         checked[token_id] = float(bias)
     return tuple(checked.items())
+
+
+Argument = float | tuple["Argument", ...]
+"""A number, or numbers nested as an array's `tolist` nests them."""
+
+
+def _check_processors(value: object) -> tuple[tuple[str, tuple[tuple[str, Argument], ...]], ...]:
+    """The names and arguments as tuples; whether the engine knows them is seen when the request meets it."""
+    allowed = "a mapping of the names of logits processors to mappings of their arguments"
+    pairs = value.items() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, tuple)):
+        raise refuse("logits_processors", value, allowed)
+    _check_count("logits_processors", len(value), MAX_LOGITS_PROCESSORS)
+    checked: dict[str, tuple[tuple[str, Argument], ...]] = {}
+    num_left = [MAX_ARGUMENT_NUMBERS]
+    for pair in pairs:  # type: ignore[attr-defined]
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise refuse("logits_processors entry", pair, allowed)
+        name, arguments = pair
+        if not isinstance(arguments, (dict, tuple)):
+            raise refuse(f"logits_processors[{shown(name)}]", arguments, "a mapping of its arguments ({} for none)")
+        named: dict[str, Argument] = {}
+        for argument in arguments.items() if isinstance(arguments, dict) else arguments:
+            if not isinstance(argument, tuple) or len(argument) != 2 or not isinstance(argument[0], str):
+                raise refuse(f"logits_processors[{shown(name)}] entry", argument, "a pair of argument name and value")
+            what = f"logits_processors[{shown(name)}][{shown(argument[0])}]"
+            named[argument[0]] = _check_argument(what, argument[1], num_left)
+        if name in checked:
+            raise ValueError(f"logits_processors names {shown(name)} twice: give it once")
+        checked[name] = tuple(named.items())
+    return tuple(checked.items())
+
+
+def _check_argument(name: str, value: object, num_left: list[int], depth: int = 0) -> Argument:
+    """A number or nested numbers, arrays included; `num_left` counts down over all arguments of a request."""
+    allowed = "a finite number, or a list or array of them"
+    if hasattr(value, "tolist") and hasattr(value, "size"):
+        if isinstance(value.size, int) and value.size > num_left[0]:
+            raise ValueError(f"{name} has {value.size} numbers; a request may give {MAX_ARGUMENT_NUMBERS} in all")
+        value = value.tolist()
+    if isinstance(value, (list, tuple)) and depth < 4:
+        return tuple(_check_argument(name, item, num_left, depth + 1) for item in value)
+    is_huge = isinstance(value, int) and abs(value) > 2**64  # no float holds it
+    if not isinstance(value, (int, float)) or is_huge or not math.isfinite(value):
+        raise refuse(name, value, allowed)
+    num_left[0] -= 1
+    if num_left[0] < 0:
+        raise ValueError(f"{name}: a request may give {MAX_ARGUMENT_NUMBERS} numbers to its logits processors in all")
+    return value
 
 
 def _check_shared(params: "SamplingParams | BeamSearchParams") -> None:
@@ -164,11 +185,9 @@ def _check_shared(params: "SamplingParams | BeamSearchParams") -> None:
         freeze(params, "logprobs", logprobs)
     for name in ("ignore_eos", "include_stop_str_in_output"):
         _check_bool(name, getattr(params, name))
-    if params.structured_outputs is not None:
-        raise ValueError("structured_outputs is not supported yet: generate freely, or use allowed_token_ids")
 
 
-@_naming_unknown_fields
+@naming_unknown_fields(REMEDIES)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next tokens of one request are chosen. Out-of-range values raise ValueError with name, value and range.
@@ -220,8 +239,11 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     """Words never to be completed: the token sequence of each, as at the start of a text and as behind a space. A word
     that the model spells in other tokens than the tokenizer does is not recognised."""
-    structured_outputs: Any = None
-    """Grammar-bound output; refused until the engine has a grammar backend."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """A grammar that the output must follow; its end ends the output. Needs the extra `structured`."""
+    logits_processors: Any = None
+    """Mapping of the names of logits processors that the engine was given to mappings of their arguments: numbers, or
+    lists of them in the declared shapes. Kept as nested tuples."""
 
     def __post_init__(self) -> None:
         freeze = object.__setattr__
@@ -254,11 +276,16 @@ class SamplingParams:
         for name in ("detokenize", "skip_special_tokens"):
             _check_bool(name, getattr(self, name))
         _check_shared(self)
+        structured = self.structured_outputs
+        if structured is not None and not isinstance(structured, StructuredOutputsParams):
+            raise refuse("structured_outputs", structured, "a StructuredOutputsParams(json=..., regex=..., ...)")
+        if self.logits_processors is not None:
+            freeze(self, "logits_processors", _check_processors(self.logits_processors))
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on")
 
 
-@_naming_unknown_fields
+@naming_unknown_fields(REMEDIES)
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """What a beam search asks for: the `beam_width` best hypotheses, as Hugging Face's `generate(num_beams=...)`
@@ -286,3 +313,5 @@ class BeamSearchParams:
         _check_number("length_penalty", self.length_penalty, -100.0, 100.0, "a finite number from -100 to 100")
         _check_bool("early_stopping", self.early_stopping)
         _check_shared(self)
+        if self.structured_outputs is not None:
+            raise ValueError("structured_outputs is not supported with beams: use SamplingParams(n=...)")

@@ -62,7 +62,9 @@ def tiny_model(seed: int = 0, **changes: Any) -> tuple[nnx.Module, ModelConfig]:
     return random_model(config, seed), config
 
 
-def make_engine(model: tuple[nnx.Module, ModelConfig], tokenizer: Any = None, **options: Any) -> Engine:
+def make_engine(
+    model: tuple[nnx.Module, ModelConfig], tokenizer: Any = None, logits_processors: Any = None, **options: Any
+) -> Engine:
     """An engine with small defaults; `options` are those of EngineConfig."""
     module, model_config = model
     chosen: dict[str, Any] = {
@@ -79,7 +81,10 @@ def make_engine(model: tuple[nnx.Module, ModelConfig], tokenizer: Any = None, **
     mesh = make_mesh(config.tensor_parallel_size)
     if mesh is not None:
         module = on_mesh(module, model_config, mesh)
-    return Engine(module, model_config, config, shapes, plan, tokenizer=tokenizer, mesh=mesh)
+    return Engine(
+        module, model_config, config, shapes, plan, tokenizer=tokenizer, mesh=mesh,
+        logits_processors=logits_processors,
+    )
 
 
 def on_mesh(module: nnx.Module, model_config: ModelConfig, mesh: Mesh) -> nnx.Module:

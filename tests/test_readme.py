@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from jaxpaged.config import OPTIONS
 from jaxpaged.models.registry import support_matrix
 
@@ -40,3 +42,27 @@ def test_both_commands_are_one_line_each():
         block = re.search(rf"<!-- run: {name} -->\n```bash\n(.*?)\n```", README, re.DOTALL)
         assert block is not None
         assert "\n" not in block.group(1)
+
+
+def example(name: str) -> dict[str, object]:
+    """What the example with this marker leaves in its names."""
+    block = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)\n```", README, re.DOTALL)
+    assert block is not None
+    names: dict[str, object] = {}
+    exec(compile(block.group(1), name, "exec"), names)
+    return names
+
+
+def test_the_example_of_a_form_runs_and_its_output_has_the_form():
+    pytest.importorskip("llguidance", reason="llguidance is not installed (extra: structured)")
+    (completion,) = example("structured")["output"].outputs
+    assert completion.finish_reason == "stop"
+    assert re.fullmatch("(to be|not to be), [a-z]{3,8}[.!]", completion.text)
+
+
+def test_the_example_of_a_logits_processor_runs_and_no_token_repeats():
+    output = example("logits_processors")["output"]
+    tokens = output.outputs[0].token_ids
+    assert len(tokens) > 4
+    assert len(set(tokens)) == len(tokens)
+    assert not set(tokens) & set(output.prompt_token_ids)

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from jaxpaged.sampling_params import (
     MAX_ALLOWED_TOKENS,
+    MAX_ARGUMENT_NUMBERS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
+    MAX_LOGITS_PROCESSORS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
     BeamSearchParams,
     SamplingParams,
 )
+from jaxpaged.structured_outputs import StructuredOutputsParams
 
 HUGE = 10**5000  # Python refuses to print it
 WRONG_TYPES = ["1", b"1", [1], (), {}, object(), 1j, True]
@@ -79,6 +82,27 @@ SAMPLING = SHARED | {
     "prompt_logprobs": [-1, 2**31, *(value for value in NOT_COUNTS if value is not None)],
     "detokenize": NOT_SWITCHES,
     "skip_special_tokens": NOT_SWITCHES,
+    "logits_processors": [
+        5,
+        "x",
+        [("a", {})],
+        {5: {}},
+        {"a": 5},
+        {"a": [1]},
+        {"a": {5: 1}},
+        {"a": {"x": "1"}},
+        {"a": {"x": None}},
+        {"a": {"x": math.nan}},
+        {"a": {"x": [1.0, math.inf]}},
+        {"a": {"x": HUGE}},
+        {"a": {"x": [[[[[1]]]]]}},
+        {"a": {"x": [0] * (MAX_ARGUMENT_NUMBERS + 1)}},
+        {"a": {"x": np.zeros(MAX_ARGUMENT_NUMBERS + 1)}},
+        {"a": {"x": [0] * MAX_ARGUMENT_NUMBERS, "y": 1}},
+        {"a" * 10**6: {"x": "1"}},
+        (("a", ()), ("a", ())),
+        {str(i): {} for i in range(MAX_LOGITS_PROCESSORS + 1)},
+    ],
 }
 BEAMS = SHARED | {
     "beam_width": [0, -1, 65, *NOT_COUNTS],
@@ -150,6 +174,9 @@ def test_stop_strings_need_text():
         {"logit_bias": {"5": 1}},
         {"logit_bias": {}},
         {"allowed_token_ids": (7,)},
+        {"logits_processors": {}},
+        {"logits_processors": {"a": {}, "b": {"x": 1, "y": [[1.5, 2], [3, 4]], "z": np.arange(3), "w": True}}},
+        {"structured_outputs": StructuredOutputsParams(json={"type": "object"})},
     ],
 )
 def test_the_edges_of_the_ranges_are_allowed(good):
@@ -176,7 +203,12 @@ def test_messages_name_the_limit_and_a_remedy():
 
 def test_lists_are_frozen_when_they_are_checked():
     stop_ids, bias = [1, 2], {"3": 4, 5: -6}
-    params = SamplingParams(stop="end", stop_token_ids=stop_ids, logit_bias=bias, bad_words=["a"], top_k=-1)
+    scales = [1.0, 2.0]
+    params = SamplingParams(
+        stop="end", stop_token_ids=stop_ids, logit_bias=bias, bad_words=["a"], top_k=-1,
+        logits_processors={"scale": {"by": scales}},
+    )
+    scales[0] = math.nan
     stop_ids.append(-1)
     bias[7] = math.nan
     assert params.stop == ("end",)
@@ -184,6 +216,7 @@ def test_lists_are_frozen_when_they_are_checked():
     assert params.logit_bias == ((3, 4.0), (5, -6.0))
     assert params.bad_words == ("a",)
     assert params.top_k == 0
+    assert params.logits_processors == (("scale", (("by", (1.0, 2.0)),)),)
 
 
 ANYTHING = st.recursive(

@@ -505,7 +505,7 @@ class Scheduler:
                 continue
             group = self._groups[sequence.request.request_id]
             if not result.is_finite:
-                self._fail(group, events)
+                self._fail(group, events, result.error or NONFINITE)
                 continue
             if result.prompt_logprobs:
                 self._report_prompt_logprobs(group, result, events)
@@ -653,14 +653,14 @@ class Scheduler:
                 num_reported = position + 1
         self._num_prompt_logprobs[request_id] = num_reported
 
-    def _fail(self, group: SequenceGroup, events: StepEvents) -> None:
-        """End a request whose logits were not finite; nothing of it stays to be found by others."""
+    def _fail(self, group: SequenceGroup, events: StepEvents, message: str) -> None:
+        """End a request whose logits were of no use; nothing of it stays to be found by others."""
         self.num_nonfinite += 1
         live = group.unfinished
         for sequence in live:
             self.block_manager.discard(sequence)
         for sequence in live:
-            self._end(group, sequence, FinishReason.ERROR, NONFINITE)
+            self._end(group, sequence, FinishReason.ERROR, message)
             events.finished.append(sequence)
 
     # -- figures

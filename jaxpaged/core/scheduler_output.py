@@ -72,6 +72,8 @@ class SequenceOutput(NamedTuple):
     """(position of the prompt token, its entry) where asked for, else empty."""
     is_finite: bool
     """Whether every logit row of it was free of NaN and had a finite maximum."""
+    error: str | None = None
+    """Why the request must end where `is_finite` is false, if the runner knows more than that."""
     candidates: tuple[Candidate, ...] = ()
     """Of a beam whose last token was scheduled, the likeliest continuations, best first."""
 

@@ -2,9 +2,10 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from jaxpaged.core.scheduler_output import SchedulerOutput, TokenLogprobs
 from jaxpaged.core.step_events import SearchEvent, StepEvents, TokenEvent
 from jaxpaged.engine.beams import beam_settings, find_stop_string, sampling_params_of
 from jaxpaged.engine.detokenizer import Detokenizer
+from jaxpaged.engine.grammars import Grammars
 from jaxpaged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxpaged.engine.prompts import Prompt, read_prompt
 from jaxpaged.engine.reach import reachable_buckets
@@ -26,8 +28,9 @@ from jaxpaged.engine.stats import CompileCounter, EngineStats, FinishedCounts, H
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.input_batch import has_lists, needs_sampler
+from jaxpaged.runner.input_batch import has_lists, needs_extended_sampler, needs_sampler
 from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.logits_processors import check_arguments
 from jaxpaged.runner.model_runner import InFlight, ModelRunner
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
 from jaxpaged.runner.shapes import RunnerShapes
@@ -62,6 +65,7 @@ class Engine:
     Args:
         tokenizer: May be None; then prompts must be token ids and nothing is detokenized.
         mesh: The devices that share the model, as its weights were put there; None for one device.
+        logits_processors: Names and functions that requests may ask for (see `LLM`).
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Engine:
         *,
         tokenizer: Tokenizer | None,
         mesh: Mesh | None = None,
+        logits_processors: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.model_config = model_config
         self.config = engine_config
@@ -82,7 +87,9 @@ class Engine:
         self.max_model_len = shapes.max_model_len
         self.host_times = HostTimes()
         self.finished_counts = FinishedCounts()
-        self.runner = ModelRunner(model, model_config, engine_config, shapes, memory_plan, mesh)
+        self.runner = ModelRunner(
+            model, model_config, engine_config, shapes, memory_plan, mesh, logits_processors
+        )
         self.scheduler = Scheduler(
             block_manager=BlockManager(
                 num_device_blocks=memory_plan.num_device_blocks,
@@ -103,6 +110,7 @@ class Engine:
         if tokenizer is not None:
             self.scheduler.find_stop_string = partial(find_stop_string, tokenizer)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
+        self._grammars = Grammars(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._seeds = random.Random(engine_config.seed)
         self._live: dict[str, _Live] = {}
         self._num_arrivals = 0
@@ -137,7 +145,11 @@ class Engine:
         request = self._resolve(
             token_ids, params, request_id or f"request-{index}", index, priority, content.cache_salt
         )
+        structured = params.structured_outputs
+        compiled = None if structured is None else self._grammars.compile(structured)
         group = self.scheduler.add(request)
+        if compiled is not None:
+            self._grammars.admit(request.request_id, compiled)
         self._num_arrivals += 1
         self._live[request.request_id] = _Live(request, group, content.text, is_streamed, time.perf_counter())
         return request.request_id
@@ -191,6 +203,7 @@ class Engine:
             most = min(self.config.max_logprobs, vocab_size)
             if wanted is not None and wanted > most:
                 raise ValueError(f"{name}={wanted} is above max_logprobs={most}: lower it, or raise max_logprobs")
+        check_arguments(self.runner.processors, params)
         named = {
             "logit_bias": [token_id for token_id, _ in params.logit_bias or ()],
             "allowed_token_ids": params.allowed_token_ids or (),
@@ -282,13 +295,17 @@ class Engine:
                         return None
                 batch = self.runner.build(plan)
                 built = clock()
-                in_flight = self.runner.dispatch(plan, batch)
+                in_flight = self.runner.dispatch(plan, batch, self._grammars.masks)
         except Exception as error:  # whatever the device raised, every request it touched must end
             self._fail(error)
             return None
         times.num_steps += 1
         times.build_s += built - started
         times.dispatch_s += clock() - built
+        while self._grammars.failures:
+            request_id, message = self._grammars.failures.pop()
+            if request_id in self._live:
+                self._end(self._live[request_id], message)
         return in_flight
 
     def _read(self, in_flight: InFlight) -> list[RequestOutput]:
@@ -369,6 +386,7 @@ class Engine:
                 outputs.append(self._output(live, is_finished))
             if is_finished:
                 del self._live[request_id]
+                self._grammars.forget(request_id)
                 self._count_finished(live)
         return outputs
 
@@ -380,23 +398,36 @@ class Engine:
         if event.logprobs is not None:
             live.logprobs.setdefault(sequence.sample_index, []).append(event.logprobs)
         params = live.request.params
-        if self.tokenizer is None or not params.detokenize:
-            return
+        # a stop token ends the text before itself
+        is_stop_token = sequence.is_finished and sequence.finish_reason is FinishReason.STOP
+        has_form = params.structured_outputs is not None and not is_stop_token
+        is_complete = has_form and self._grammars.follow(sequence)
+        detokenizer = self._detokenizer(live, sequence)
+        if detokenizer is not None and not is_stop_token:
+            detokenizer.append(event.token_id)
+            if detokenizer.stop_reason is not None:
+                self._stop(sequence, detokenizer.stop_reason)
+        if is_complete:
+            self._stop(sequence, None)
+        if detokenizer is not None and sequence.is_finished:
+            detokenizer.finish()
+            if detokenizer.stop_reason is not None:
+                self._stop(sequence, detokenizer.stop_reason)
+
+    def _stop(self, sequence: Sequence, stop_reason: str | None) -> None:
+        """End a sequence whose text or grammar has come to its end, were it with its last token."""
+        if not sequence.is_finished:
+            self.scheduler.finish(sequence, FinishReason.STOP, stop_reason)
+        elif sequence.finish_reason is FinishReason.LENGTH:
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stop_reason
+
+    def _detokenizer(self, live: _Live, sequence: Sequence) -> Detokenizer | None:
+        if self.tokenizer is None or not live.request.params.detokenize:
+            return None
         detokenizer = live.detokenizers.get(sequence.sample_index)
         if detokenizer is None:
-            detokenizer = self._make_detokenizer(live)
-            live.detokenizers[sequence.sample_index] = detokenizer
-        is_stop_token = sequence.is_finished and sequence.finish_reason is FinishReason.STOP
-        # a stop token ends the text before itself
-        if not is_stop_token:
-            detokenizer.append(event.token_id)
-            if detokenizer.stop_reason is not None and not sequence.is_finished:
-                self.scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
-        if sequence.is_finished:
-            detokenizer.finish()
-            if detokenizer.stop_reason is not None and sequence.finish_reason is FinishReason.LENGTH:
-                # its last token completed a stop string
-                sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
+            detokenizer = live.detokenizers[sequence.sample_index] = self._make_detokenizer(live)
+        return detokenizer
 
     def _append_hypotheses(self, live: _Live, search: SearchEvent, now: float) -> None:
         """The texts and log-probabilities of what a beam search has found."""
@@ -504,6 +535,12 @@ class Engine:
         beams = [self._live[request_id].request.beams for request_id in request_ids or ()]
         return tuple({one.num_candidates for one in beams if one is not None})
 
+    def needs_extended_sampler(self, request_ids: Iterable[str] | None) -> bool:
+        """Whether these requests (any that may come, if None) ask for grammars or logits processors."""
+        if request_ids is None:
+            return bool(self.runner.processors) or self._grammars.is_available
+        return any(needs_extended_sampler(self._live[request_id].request) for request_id in request_ids)
+
     def warm_up(
         self,
         buckets: Iterable[Bucket],
@@ -511,12 +548,19 @@ class Engine:
         *,
         with_sampler: bool = True,
         num_candidates: Iterable[int] = (),
+        with_extended: bool = False,
     ) -> None:
-        """Compile and run each bucket that has not run yet, and for its logit rows the sampler and the choice of these
-        numbers of continuations of beams, where they are needed."""
-        wanted = tuple(num_candidates)
-        for bucket in self.runner.cold_buckets(buckets, with_sampler=with_sampler, num_candidates=wanted):
-            seconds = self.runner.warm_up(bucket, with_sampler=with_sampler, num_candidates=wanted)
+        """Compile and run each bucket that has not run yet, and for its logit rows what is needed of the samplers.
+
+        Args:
+            num_candidates: Numbers of continuations that beams choose from.
+            with_extended: Also the sampler of grammars and logits processors.
+        """
+        wanted: dict[str, Any] = {
+            "with_sampler": with_sampler, "num_candidates": tuple(num_candidates), "with_extended": with_extended
+        }  # fmt: skip
+        for bucket in self.runner.cold_buckets(buckets, **wanted):
+            seconds = self.runner.warm_up(bucket, **wanted)
             if on_bucket is not None:
                 on_bucket(bucket, seconds)
 

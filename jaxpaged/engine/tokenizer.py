@@ -214,6 +214,10 @@ class Tokenizer:
         add(text[at:])
         return ids
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json, as it is used here."""
+        return self._backend.to_str()
+
     def as_transformers(self) -> Any:
         """The same tokenizer as a transformers object."""
         return _load_transformers(self._folder)

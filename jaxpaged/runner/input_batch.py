@@ -5,6 +5,7 @@ Facts of a sequence that do not change from step to step (sampling columns, bloc
 tables (`RowTables`), so that a step gathers rows instead of visiting every sequence's parameters again.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,8 @@ from jaxpaged.core.scheduler_output import ScheduledSequence
 from jaxpaged.core.step_plan import num_prompt_logprob_rows
 from jaxpaged.models.layer_groups import GroupedMetadata, LayerGroups
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.sampler import SamplingBatch
+from jaxpaged.runner.sampling_batch import SamplingBatch
+from jaxpaged.sampling_params import SamplingParams
 from pallas_kernels import AttentionMetadata
 
 INT_COLUMNS = ("seed_low", "seed_high", "sample_index", "prompt_len", "top_k")
@@ -35,6 +37,8 @@ FLAGS = (
     "any_logprobs",
 )
 ROW_FLAGS = 6  # the first six follow from a row's parameters alone
+HAS_GRAMMAR = 1 << 30
+"""Bit of a row's extras; the lower ones stand for the engine's logits processors."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,17 @@ def needs_sampler(request: Request) -> bool:
 
 def has_lists(request: Request) -> bool:
     """Whether the sampler needs the request's tokens or lists in its device state."""
-    return any(_row_flags(request)[2:]) or _banned_until(request) > 0
+    has_processors = bool(request.params.logits_processors)
+    return any(_row_flags(request)[2:]) or _banned_until(request) > 0 or has_processors
+
+
+def needs_extended_sampler(request: Request) -> bool:
+    """Whether a step with this request needs the sampler of grammars and logits processors."""
+    return request.params.structured_outputs is not None or bool(request.params.logits_processors)
+
+
+ProcessorBits = Callable[[SamplingParams], int]
+"""The bits of a row's extras that stand for the logits processors its parameters name."""
 
 
 class RowTables:
@@ -177,7 +191,9 @@ class RowTables:
     What a sequence has let go of stays in its row of `block_tables`: attention does not care what stands there.
     """
 
-    def __init__(self, num_rows: int, blocks_per_seq: int, num_groups: int = 1) -> None:
+    def __init__(
+        self, num_rows: int, blocks_per_seq: int, num_groups: int = 1, processor_bits: ProcessorBits = lambda params: 0
+    ) -> None:
         self.num_rows = num_rows
         self.block_tables = np.zeros((num_rows + 1, blocks_per_seq * num_groups), np.int32)
         self.ints = np.zeros((num_rows + 1, len(INT_COLUMNS)), np.int32)
@@ -187,6 +203,8 @@ class RowTables:
         self.flags = np.zeros((num_rows + 1, ROW_FLAGS), np.int32)
         self.min_tokens = np.zeros(num_rows + 1, np.int32)
         self.wants_logprobs = np.zeros(num_rows + 1, np.int32)
+        self.extras = np.zeros(num_rows + 1, np.int32)
+        self._processor_bits = processor_bits
         self._has_lists = [False] * (num_rows + 1)
         """Whether the sampler's device state of a row holds lists, this sequence's or a former one's."""
         self._owners: list[tuple[Sequence, int] | None] = [None] * (num_rows + 1)
@@ -212,6 +230,8 @@ class RowTables:
         self.flags[row] = flags
         self.min_tokens[row] = _banned_until(request)
         self.wants_logprobs[row] = params.logprobs is not None
+        uses = self._processor_bits(params) if params.logits_processors else 0
+        self.extras[row] = uses | (HAS_GRAMMAR if params.structured_outputs is not None else 0)
         self.block_tables[row] = 0
         table = sequence.block_ids
         self.block_tables[row, : len(table)] = table
@@ -234,6 +254,8 @@ class BuiltBatch:
     has_logprobs: bool
     num_candidates: int
     """Continuations that some beam wants of its row; 0 in a step without beams."""
+    extras: np.ndarray | None = None
+    """int32 [logit rows], where a row has a grammar or logits processors: which (HAS_GRAMMAR, and a bit for each)."""
 
 
 def build(
@@ -309,9 +331,16 @@ def build(
     spans = _fill_logit_rows(fields, scheduled, order, query_starts, tables)
     flags = fields["flags"]
     beams = [item.sequence.request.beams for item in scheduled if item.num_samples]
-    num_candidates = max((one.num_candidates for one in beams if one is not None), default=0)
+    extras = tables.extras[fields["rows"]]
+    has_extras = bool(extras.any())
     return BuiltBatch(
-        packed, layout, spans, is_plain=not flags.any(), has_logprobs=bool(flags[-1]), num_candidates=num_candidates
+        packed,
+        layout,
+        spans,
+        is_plain=not (has_extras or flags.any()),
+        has_logprobs=bool(flags[-1]),
+        num_candidates=max((one.num_candidates for one in beams if one is not None), default=0),
+        extras=extras if has_extras else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxpaged.runner.sampler_state import MAX_BAD_WORD_TOKENS, SamplerState
 from jaxpaged.runner.sampling_batch import SamplingBatch
@@ -31,10 +31,16 @@ def keep_allowed(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
 ) -> Float32[Array, "rows vocab"]:
     """Only the request's `allowed_token_ids` keep their logits."""
-    words = state.allowed[batch.rows]
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
-    is_allowed = bits.reshape(words.shape[0], -1)[:, : logits.shape[1]] != 0
-    return jnp.where(is_allowed, logits, -jnp.inf)
+    return keep_set_bits(logits, state.allowed[batch.rows])
+
+
+def keep_set_bits(
+    logits: Float32[Array, "rows vocab"], masks: UInt32[Array, "rows words"]
+) -> Float32[Array, "rows vocab"]:
+    """Only token v whose bit v % 32 of word v // 32 is set keeps its logit."""
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    is_kept = bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]] != 0
+    return jnp.where(is_kept, logits, -jnp.inf)
 
 
 def ban_bad_words(
@@ -195,15 +201,21 @@ def limb_bits(vocab_size: int) -> int:
 
 
 def token_logprobs(
-    logits: Float32[Array, "rows vocab"], token_ids: Int32[Array, "rows"], num_top: int
+    logits: Float32[Array, "rows vocab"], token_ids: Int32[Array, "rows"], num_top: int, *, are_logits: bool = False
 ) -> tuple[
     Float32[Array, "rows"], Int32[Array, "rows"], Int32[Array, "rows top"], Float32[Array, "rows top"]
 ]:
-    """Log-probability and rank (1 = no token is likelier) of the given tokens, and the likeliest ids with theirs."""
-    best, log_total = log_sum_exp(logits)
+    """Log-probability and rank (1 = no token is likelier) of the given tokens, and the likeliest ids with theirs.
+
+    Args:
+        are_logits: Report the logits as they are in place of log-probabilities.
+    """
     value = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     rank = 1 + count(logits > value)
     top, top_ids = lax.top_k(logits, num_top)
+    if are_logits:
+        return value[:, 0], rank, top_ids, top
+    best, log_total = log_sum_exp(logits)
     shift = best[:, None]
     return (
         (value - shift)[:, 0] - log_total,

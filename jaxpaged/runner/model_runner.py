@@ -1,7 +1,7 @@
 """Carries a plan out on the device: swaps, copies, then one jitted step of model and sampler."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,23 +24,41 @@ from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.runner.beam_candidates import rounded_up
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.input_batch import BuiltBatch, build
+from jaxpaged.runner.input_batch import HAS_GRAMMAR, BuiltBatch, RowTables, build
 from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.logits_processors import (
+    PROCESSOR_TROUBLE,
+    LogitsProcessor,
+    Tables,
+    init_tables,
+    load_arguments,
+    pack_arguments,
+    trace_processors,
+    used_bits,
+)
 from jaxpaged.runner.parallel import empty_cache, parallel_over
-from jaxpaged.runner.sampler import SamplerState, init_state, load_row, pack_row
+from jaxpaged.runner.sampler import FINE, NOT_FINITE, SamplerState, init_state, load_row, pack_row
 from jaxpaged.runner.shapes import RunnerShapes
-from jaxpaged.runner.step import jitted, jitted_candidates
+from jaxpaged.runner.step import jitted, jitted_candidates, jitted_samplers
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.sharding import whole
+
+MaskMaker = Callable[[SchedulerOutput, tuple[tuple[int, int, int], ...], int], np.ndarray]
+"""Given a plan, its batch's `spans` and the number of logit rows: uint32 [logit rows, words], the tokens that the
+grammars of the plan's requests allow next."""
+NOTHING_IS_LEFT = (
+    "every token is forbidden: allowed_token_ids, bad_words, min_tokens and structured_outputs together leave none; "
+    "loosen one of them"
+)
 
 
 @dataclass(frozen=True)
 class StepArrays:
     """What a dispatched step leaves on the device: small arrays on their way to the host."""
 
-    tokens_and_finite: jax.Array
-    """int32 [2, rows]: sampled ids, and 1 where the logit row was finite."""
+    tokens_and_status: jax.Array
+    """int32 [2, rows]: sampled ids, and each row's status (see `sampler.SamplerOutput`)."""
     logprobs: tuple[jax.Array, ...]
     """Log-probability and rank of each row's token [rows], ids and log-probabilities of the likeliest [rows, k];
     empty in a plain step."""
@@ -55,13 +73,15 @@ class InFlight:
     plan: SchedulerOutput
     batch: BuiltBatch | None
     arrays: StepArrays | None
+    processors: tuple[LogitsProcessor, ...] = ()
 
     def read(self) -> RunnerOutput:
         """Wait for the step and bring its samples to the host, in the order of the plan."""
         if self.batch is None or self.arrays is None:
             return RunnerOutput(())
-        tokens, finite = np.asarray(self.arrays.tokens_and_finite)
-        token_list, finite_list = tokens.tolist(), finite.tolist()
+        tokens, status = np.asarray(self.arrays.tokens_and_status)
+        token_list, status_list = tokens.tolist(), status.tolist()
+        is_all_fine = bool((status == FINE).all())
         logprobs = _LogprobReader(self.arrays) if self.batch.has_logprobs else None
         candidates = tuple(np.asarray(array).tolist() for array in self.arrays.candidates)
         outputs = []
@@ -69,10 +89,11 @@ class InFlight:
             begin = first + prompt_rows
             end = begin + num_samples
             params = item.sequence.request.params
+            worst = FINE if is_all_fine else min(status_list[first:end], default=FINE)
             beams = item.sequence.request.beams
             if beams is not None and num_samples:
                 found = _candidates(candidates, begin, beams.num_candidates, logprobs, params.logprobs)
-                outputs.append(SequenceOutput((), (), (), all(finite_list[first:end]), found))
+                outputs.append(SequenceOutput((), (), (), worst == FINE, self._error(worst), found))
                 continue
             prompt_entries: tuple[tuple[int, TokenLogprobs], ...] = ()
             entries: tuple[TokenLogprobs, ...] = ()
@@ -90,10 +111,19 @@ class InFlight:
                     entries = tuple(logprobs.entry(row, token_list[row], params.logprobs) for row in range(begin, end))
             outputs.append(
                 SequenceOutput(
-                    tuple(token_list[begin:end]), entries, prompt_entries, all(finite_list[first:end])
+                    tuple(token_list[begin:end]), entries, prompt_entries, worst == FINE, self._error(worst)
                 )
             )
         return RunnerOutput(tuple(outputs))
+
+    def _error(self, status: int) -> str | None:
+        """Why a row of this status is of no use; None where it is fine, or the model's own logits are to blame."""
+        if status in (FINE, NOT_FINITE):
+            return None
+        if status > PROCESSOR_TROUBLE:
+            return NOTHING_IS_LEFT
+        name = self.processors[PROCESSOR_TROUBLE - status].name
+        return f"logits_processors[{name!r}] gave logits that are NaN, or have no finite maximum"
 
 
 class _LogprobReader:
@@ -128,16 +158,17 @@ class ModelRunner:
         model: An NNX module of `models/`; its leaves are taken once, its graph definition stays in the step's closure.
         plan: The number of blocks to allocate on device and host.
         mesh: The devices that share the model, whose weights were put there by `sharding.Placement`; None for one.
+        logits_processors: Names and functions (see `logits_processors.trace_processors`).
     """
 
     def __init__(
         self, model: nnx.Module, model_config: ModelConfig, engine_config: EngineConfig, shapes: RunnerShapes,
-        plan: MemoryPlan, mesh: Mesh | None = None,
+        plan: MemoryPlan, mesh: Mesh | None = None, logits_processors: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.shapes = shapes
         self._vocab_size = model_config.vocab_size
         self._num_blocks = plan.num_device_blocks
-        self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
+        self.processors = trace_processors(logits_processors or {}, self._vocab_size, shapes.max_model_len)
         self._block_size = engine_config.block_size
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten(state)
@@ -146,17 +177,25 @@ class ModelRunner:
         self._everywhere = SingleDeviceSharding(next(iter(leaves[0].devices()))) if mesh is None else whole(mesh)
         self._kv: Any = self._init_kv()
         self._state: SamplerState = self._init_state()
-        self._tables = shapes.row_tables()
+        self._arguments: Tables = self._init_arguments()
+        self._no_masks: jax.Array | None = None
+        self._tables = self._row_tables()
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
-        self._step, self._sample = jitted(
-            graph, tree, engine_config.attention_implementation, self._block_size, self._max_logprobs, self._parallel
+        self._load_arguments = jax.jit(load_arguments, donate_argnums=0)
+        self._step = jitted(
+            graph, tree, engine_config.attention_implementation, self._block_size, self._parallel
+        )
+        max_logprobs = min(engine_config.max_logprobs, self._vocab_size)
+        self._sample, self._sample_extended = jitted_samplers(
+            max_logprobs, engine_config.logprobs_mode, self.processors
         )
         self._layouts = {bucket: shapes.packed_layout(bucket) for bucket in shapes.buckets.all}
         self._warm: set[Bucket] = set()
         self._warm_samplers: set[int] = set()
         self._warm_candidates: set[tuple[int, int]] = set()
         """(logit rows, candidates)."""
+        self._warm_extended: set[int] = set()
 
     def _init_kv(self) -> Any:
         """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
@@ -170,11 +209,18 @@ class ModelRunner:
         state = init_state(self.shapes.num_rows, self.shapes.max_model_len, self._vocab_size)
         return jax.device_put(state, self._everywhere)
 
+    def _init_arguments(self) -> Tables:
+        return jax.device_put(init_tables(self.processors, self.shapes.num_rows), self._everywhere)
+
+    def _row_tables(self) -> RowTables:
+        return self.shapes.row_tables(lambda params: used_bits(self.processors, params))
+
     def reset(self) -> None:
         """Start from an empty cache and state, after a step failed and took the donated arrays with it."""
         self._kv = self._init_kv()
         self._state = self._init_state()
-        self._tables = self.shapes.row_tables()
+        self._arguments = self._init_arguments()
+        self._tables = self._row_tables()
 
     def swap(self, plan: SchedulerOutput) -> None:
         """Carry out the plan's swaps. Raises `SwapError` with the cache as it was."""
@@ -199,22 +245,29 @@ class ModelRunner:
         bucket = self.shapes.buckets.pick(num_tokens, num_logits, len(plan.scheduled))
         return build(plan.scheduled, self._tables, self._layouts[bucket], self._block_size)
 
-    def dispatch(self, plan: SchedulerOutput, batch: BuiltBatch | None) -> InFlight:
-        """Start the plan's copies and its step; returns before the device is done."""
+    def dispatch(
+        self, plan: SchedulerOutput, batch: BuiltBatch | None, make_masks: MaskMaker | None = None
+    ) -> InFlight:
+        """Start the plan's copies and its step; returns before the device is done.
+
+        Args:
+            make_masks: Called while the device runs the model, and only where a row of the batch has a grammar.
+        """
         if plan.copies:
             self._kv = self._mover.copy(self._kv, plan.copies)
         if batch is None:
             return InFlight(plan, None, None)
-        arrays = self._run(batch)
-        arrays.tokens_and_finite.copy_to_host_async()
+        arrays = self._run(plan, batch, make_masks)
+        arrays.tokens_and_status.copy_to_host_async()
         for array in (*(arrays.logprobs if batch.has_logprobs else ()), *arrays.candidates):
             array.copy_to_host_async()
-        return InFlight(plan, batch, arrays)
+        return InFlight(plan, batch, arrays, self.processors)
 
-    def _run(self, batch: BuiltBatch) -> StepArrays:
-        self._kv, self._state, tokens_and_finite, logits, sampling = self._step(
+    def _run(self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None) -> StepArrays:
+        self._kv, self._state, tokens_and_status, logits, sampling = self._step(
             self._leaves, self._kv, self._state, batch.packed, batch.layout
         )
+        num_logits = batch.layout.bucket.num_logits
         self._warm.add(batch.layout.bucket)
         candidates: tuple[jax.Array, ...] = ()
         if batch.num_candidates:
@@ -223,10 +276,28 @@ class ModelRunner:
             candidates = jitted_candidates(size)(logits, self._state, sampling)
             self._warm_candidates.add((batch.layout.bucket.num_logits, size))
         if batch.is_plain:
-            return StepArrays(tokens_and_finite, (), candidates)
-        self._state, tokens_and_finite, logprobs = self._sample(logits, self._state, sampling)
-        self._warm_samplers.add(batch.layout.bucket.num_logits)
-        return StepArrays(tokens_and_finite, logprobs, candidates)
+            return StepArrays(tokens_and_status, (), candidates)
+        if batch.extras is None:
+            self._state, tokens_and_status, logprobs = self._sample(logits, self._state, sampling)
+            self._warm_samplers.add(num_logits)
+            return StepArrays(tokens_and_status, logprobs, candidates)
+        if make_masks is not None and (batch.extras & HAS_GRAMMAR).any():
+            masks = jax.device_put(make_masks(plan, batch.spans, num_logits), self._everywhere)
+        else:
+            masks = self._neutral_masks(num_logits)
+        extras = jax.device_put(batch.extras, self._everywhere)
+        self._state, tokens_and_status, logprobs = self._sample_extended(
+            logits, self._state, sampling, extras, masks, self._arguments
+        )
+        self._warm_extended.add(num_logits)
+        return StepArrays(tokens_and_status, logprobs, candidates)
+
+    def _neutral_masks(self, num_logits: int) -> jax.Array:
+        """Masks that nobody reads, for a step without grammars; the latest are kept."""
+        if self._no_masks is None or self._no_masks.shape[0] != num_logits:
+            words = np.full((num_logits, -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+            self._no_masks = jax.device_put(words, self._everywhere)
+        return self._no_masks
 
     def _claim(self, row: int, sequence: Sequence) -> None:
         if self._tables.claim(row, sequence):
@@ -241,11 +312,19 @@ class ModelRunner:
                 max_model_len=self.shapes.max_model_len,
             )
             self._state = self._load_row(self._state, packed)
+            if request.params.logits_processors:
+                packed = pack_arguments(self.processors, row, request.params)
+                self._arguments = self._load_arguments(self._arguments, packed)
 
     def cold_buckets(
-        self, buckets: Iterable[Bucket], *, with_sampler: bool, num_candidates: Iterable[int] = ()
+        self,
+        buckets: Iterable[Bucket],
+        *,
+        with_sampler: bool,
+        num_candidates: Iterable[int] = (),
+        with_extended: bool = False,
     ) -> tuple[Bucket, ...]:
-        """Those that have not run yet, or not with the sampler or these numbers of candidates if they are asked for."""
+        """Those that have not run yet, or not with the samplers or numbers of candidates that are asked for."""
         sizes = {rounded_up(number, self._vocab_size) for number in num_candidates}
         return tuple(
             bucket
@@ -253,19 +332,40 @@ class ModelRunner:
             if bucket not in self._warm
             or (with_sampler and bucket.num_logits not in self._warm_samplers)
             or any((bucket.num_logits, size) not in self._warm_candidates for size in sizes)
+            or (with_extended and bucket.num_logits not in self._warm_extended)
         )
 
-    def warm_up(self, bucket: Bucket, *, with_sampler: bool, num_candidates: Iterable[int] = ()) -> float:
-        """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds."""
+    def warm_up(
+        self,
+        bucket: Bucket,
+        *,
+        with_sampler: bool,
+        num_candidates: Iterable[int] = (),
+        with_extended: bool = False,
+    ) -> float:
+        """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds.
+
+        Args:
+            with_extended: Also run the sampler of grammars and logits processors, and load their arguments once.
+        """
         started = time.perf_counter()
         for number in sorted({rounded_up(number, self._vocab_size) for number in num_candidates}):
             beams = replace(self._dummy_batch(bucket, is_random=False), num_candidates=number)
             self.dispatch(SchedulerOutput((), (), (), ()), beams)
         batch = self._dummy_batch(bucket, is_random=with_sampler)
+        self._run_dummy(batch)
+        if with_extended:
+            extras = np.zeros(bucket.num_logits, np.int32)
+            self._run_dummy(replace(batch, is_plain=False, extras=extras))
+            if self.processors:
+                packed = pack_arguments(self.processors, self.shapes.num_rows, SamplingParams())
+                self._arguments = self._load_arguments(self._arguments, packed)
+        return time.perf_counter() - started
+
+    def _run_dummy(self, batch: BuiltBatch) -> None:
         in_flight = self.dispatch(SchedulerOutput((), (), (), ()), batch)
         assert in_flight.arrays is not None
-        jax.block_until_ready(in_flight.arrays.tokens_and_finite)
-        return time.perf_counter() - started
+        jax.block_until_ready(in_flight.arrays.tokens_and_status)
 
     def warm_up_swaps(self) -> None:
         """Compile every block copy and the row loader."""

@@ -1,12 +1,14 @@
 """Draws the next token of every logit row.
 
-Order, as in vLLM: allowed tokens, bad words, ban of stop tokens (`min_tokens`), logit bias, penalties (`logits.py`);
-rows of temperature 0 then take the maximum; the others are divided by the temperature, cut by min_p, top_k, top_p
-(`truncation.py`), and drawn. Log-probabilities are of the logits as the model gave them.
+Order: logits processors and grammars (`extended_sampler.py`); then, as in vLLM, allowed tokens, bad words, ban of stop
+tokens (`min_tokens`), logit bias, penalties (`logits.py`); rows of temperature 0 then take the maximum; the others are
+divided by the temperature, cut by min_p, top_k, top_p (`truncation.py`), and drawn. Log-probabilities are of the logits
+as the model gave them (raw), or as the token was drawn from them (processed).
 
 A row depends on nothing but its own logits, columns and state: not on the batch, the bucket, or its place in them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from jaxpaged.config import LogprobsMode
 from jaxpaged.runner.logits import first_argmax, maximum, process, token_logprobs
 from jaxpaged.runner.noise import gumbel_noise, sampling_keys
 from jaxpaged.runner.sampler_state import (
@@ -25,7 +28,7 @@ from jaxpaged.runner.sampler_state import (
     state_bytes,
 )
 from jaxpaged.runner.sampling_batch import SamplingBatch
-from jaxpaged.runner.truncation import keep_all, truncate
+from jaxpaged.runner.truncation import Truncation, keep_all, truncate
 
 __all__ = [
     "MAX_BAD_WORD_TOKENS",
@@ -41,6 +44,13 @@ __all__ = [
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a row is greedy, as in vLLM."""
+FINE, NOT_FINITE, NOTHING_LEFT = 1, 0, -1
+"""Status of a row: as it should be; its logits hold a NaN or have no finite maximum; every token was banned."""
+
+
+_Logprobs = tuple[
+    Float32[Array, "rows"], Int32[Array, "rows"], Int32[Array, "rows top"], Float32[Array, "rows top"]
+]
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +62,11 @@ class SamplerOutput:
     """Ids in the vocabulary, even in rows that are not finite."""
     finite: Bool[Array, "rows"]
     """False where the logits hold a NaN, their maximum is not finite, or every token was banned."""
+    status: Int32[Array, "rows"]
+    """Why: FINE, NOT_FINITE, NOTHING_LEFT, or what the logits processors said."""
     logprob: Float32[Array, "rows"]
-    """Of the sampled token, or of the target where there is one; 0 in a step without logprobs, as below."""
+    """Of the sampled token, or of the target where there is one (its logit, if the engine's `logprobs_mode` says so);
+    0 in a step without logprobs, as below."""
     rank: Int32[Array, "rows"]
     """1 where no token is likelier."""
     top_ids: Int32[Array, "rows top"]
@@ -62,33 +75,54 @@ class SamplerOutput:
 
 
 def sample(
-    logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch, max_logprobs: int
+    logits: Float32[Array, "rows vocab"],
+    state: SamplerState,
+    batch: SamplingBatch,
+    max_logprobs: int,
+    mode: LogprobsMode = "raw_logprobs",
+    edited: tuple[Float32[Array, "rows vocab"], Int32[Array, "rows"]] | None = None,
 ) -> tuple[SamplerOutput, SamplerState]:
     """The sampled tokens, and the state with them written into the history; jit it and donate `state`.
 
     A step whose rows are all greedy, without lists or penalties, pays for one maximum over the logits.
+
+    Args:
+        mode: What is reported of the sampled tokens: of `logits` (raw), or of what is drawn from (processed).
+        edited: The logits after logits processors and grammars, and the rows' trouble with them (0 for none).
     """
-    is_plain = ~(
-        batch.any_random
-        | batch.any_penalty
-        | batch.any_bias
-        | batch.any_allowed
-        | batch.any_bad_words
-        | batch.any_ban
-    )
-    tokens, finite = lax.cond(is_plain, _take_best, _draw, logits, state, batch)
+    given = logits if edited is None else edited[0]
+    if edited is None:
+        is_plain = ~(
+            batch.any_random
+            | batch.any_penalty
+            | batch.any_bias
+            | batch.any_allowed
+            | batch.any_bad_words
+            | batch.any_ban
+        )
+        tokens, status = lax.cond(is_plain, _take_best, _draw, logits, state, batch)
+    else:
+        # looked at before a mask can hide a NaN
+        _, was_finite = maximum(logits)
+        tokens, status = _draw(given, state, batch)
+        # every token masked looks like no finite logit
+        status = jnp.where(was_finite & (status == NOT_FINITE), NOTHING_LEFT, status)
+        status = jnp.where(was_finite, jnp.where(edited[1] != 0, edited[1], status), NOT_FINITE)
+
+    def reported() -> _Logprobs:
+        shown = logits if mode.startswith("raw") else _drawn_from(given, state, batch)
+        wanted = jnp.where(batch.has_target, batch.target_ids, tokens)
+        return token_logprobs(shown, wanted, max_logprobs, are_logits=mode.endswith("logits"))
+
     logprob, rank, top_ids, top_logprobs = lax.cond(
-        batch.any_logprobs,
-        lambda: token_logprobs(logits, jnp.where(batch.has_target, batch.target_ids, tokens), max_logprobs),
-        lambda: _no_logprobs(logits.shape[0], max_logprobs),
+        batch.any_logprobs, reported, lambda: _no_logprobs(logits.shape[0], max_logprobs)
     )
     history = state.history.at[batch.write_rows, batch.position].set(tokens, mode="drop")
-    return SamplerOutput(tokens, finite, logprob, rank, top_ids, top_logprobs), replace(state, history=history)
+    output = SamplerOutput(tokens, status == FINE, status, logprob, rank, top_ids, top_logprobs)
+    return output, replace(state, history=history)
 
 
-def _no_logprobs(
-    num_rows: int, num_top: int
-) -> tuple[Float32[Array, "rows"], Int32[Array, "rows"], Int32[Array, "rows top"], Float32[Array, "rows top"]]:
+def _no_logprobs(num_rows: int, num_top: int) -> _Logprobs:
     return (
         jnp.zeros(num_rows, jnp.float32),
         jnp.zeros(num_rows, jnp.int32),
@@ -99,14 +133,14 @@ def _no_logprobs(
 
 def _take_best(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
+) -> tuple[Int32[Array, "rows"], Int32[Array, "rows"]]:
     best, finite = maximum(logits)
-    return first_argmax(logits, best), finite
+    return first_argmax(logits, best), jnp.where(finite, FINE, NOT_FINITE)
 
 
 def _draw(
     logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
+) -> tuple[Int32[Array, "rows"], Int32[Array, "rows"]]:
     # looked at before any stage can hide a NaN behind a ban
     _, was_finite = maximum(logits)
     processed = process(logits, state, batch)
@@ -117,7 +151,33 @@ def _draw(
         lambda: jnp.where(batch.temperature < GREEDY_TEMPERATURE, greedy, _draw_random(processed, best, batch)),
         lambda: greedy,
     )
-    return tokens, was_finite & is_finite
+    return tokens, jnp.where(was_finite, jnp.where(is_finite, FINE, NOTHING_LEFT), NOT_FINITE)
+
+
+def _drawn_from(
+    logits: Float32[Array, "rows vocab"], state: SamplerState, batch: SamplingBatch
+) -> Float32[Array, "rows vocab"]:
+    """The logits that a row's token is drawn from: -inf for tokens that were banned or cut off, divided by its
+    temperature where it is not greedy."""
+    processed = process(logits, state, batch)
+    best, _ = maximum(processed)
+    is_random = batch.temperature >= GREEDY_TEMPERATURE
+    temperature = jnp.where(is_random, batch.temperature, 1.0)[:, None]
+    away = (best[:, None] - processed) / temperature
+    threshold = _truncated(lambda: away, batch).threshold[:, None]
+    return jnp.where(away <= threshold, processed / temperature, -jnp.inf)
+
+
+def _truncated(distances: Callable[[], Float32[Array, "rows vocab"]], batch: SamplingBatch) -> Truncation:
+    """What min_p, top_k and top_p leave of each row; a greedy row must not send the others the long way."""
+    is_random = batch.temperature >= GREEDY_TEMPERATURE
+
+    def cut() -> Truncation:
+        top_k = jnp.where(is_random, batch.top_k, 0)
+        top_p = jnp.where(is_random, batch.top_p, 1.0)
+        return truncate(distances(), jnp.where(is_random, batch.min_p, 0.0), top_k, top_p)
+
+    return lax.cond(batch.any_truncation, cut, lambda: keep_all(*jax.eval_shape(distances).shape))
 
 
 def _draw_random(
@@ -131,14 +191,7 @@ def _draw_random(
         # differences first: no temperature, however small, makes an infinity of two finite logits' difference of 0
         return (best[:, None] - logits) / temperature[:, None]
 
-    left = lax.cond(
-        batch.any_truncation,
-        # a greedy row must not send the others the long way
-        lambda: truncate(
-            distances(), batch.min_p, jnp.where(is_random, batch.top_k, 0), jnp.where(is_random, batch.top_p, 1.0)
-        ),
-        lambda: keep_all(*logits.shape),
-    )
+    left = _truncated(distances, batch)
     keys = sampling_keys(batch)
 
     def over_candidates() -> Int32[Array, "rows"]:

@@ -12,7 +12,7 @@ from jaxpaged.core.table_layout import TableLayout
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.layer_groups import LayerGroups, group_layers
 from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
-from jaxpaged.runner.input_batch import Attending, PackedLayout, RowTables
+from jaxpaged.runner.input_batch import Attending, PackedLayout, ProcessorBits, RowTables
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
 from jaxpaged.runner.sampler import state_bytes
 from jaxpaged.sharding import HeadCounts, cut_heads
@@ -49,8 +49,8 @@ class RunnerShapes:
     def packed_layout(self, bucket: Bucket) -> PackedLayout:
         return PackedLayout(bucket, self.blocks_per_seq, self.attending, self.groups)
 
-    def row_tables(self) -> RowTables:
-        return RowTables(self.num_rows, self.blocks_per_seq, len(self.groups.windows))
+    def row_tables(self, processor_bits: ProcessorBits = lambda params: 0) -> RowTables:
+        return RowTables(self.num_rows, self.blocks_per_seq, len(self.groups.windows), processor_bits)
 
 
 def cache_dtype(engine_config: EngineConfig, dtype: str) -> str:

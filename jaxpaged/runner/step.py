@@ -11,30 +11,44 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import EngineConfig, LogprobsMode
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.beam_candidates import beam_candidates
 from jaxpaged.runner.buckets import Bucket
+from jaxpaged.runner.extended_sampler import sample_extended
 from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
 from jaxpaged.runner.logits import first_argmax, maximum
+from jaxpaged.runner.logits_processors import LogitsProcessor
 from jaxpaged.runner.parallel import Parallel, cache_shapes, parallel_over, parallel_step, parameter_shapes
-from jaxpaged.runner.sampler import SamplerState, init_state, sample
+from jaxpaged.runner.sampler import FINE, NOT_FINITE, SamplerOutput, SamplerState, init_state, sample
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.sharding import whole
 from pallas_kernels import paged_attention
 
 
 @functools.lru_cache(maxsize=16)
-def jitted(
-    graph: Any, tree: Any, implementation: str | None, block_size: int, max_logprobs: int, parallel: Parallel | None
-) -> tuple[Any, Any]:
-    """The jitted step and sampler; engines of equal graphs share them, and with them every trace and compile."""
+def jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, parallel: Parallel | None) -> Any:
+    """The jitted step; engines of equal graphs share it, and with it every trace and compile."""
     attention = partial(paged_attention, implementation=implementation)
     one_device = partial(step, graph, tree, attention, block_size)
     function = one_device if parallel is None else partial(parallel_step, parallel, one_device)
-    jitted_step = jax.jit(function, static_argnums=4, donate_argnums=(1, 2))
-    return jitted_step, jax.jit(partial(sample_rows, max_logprobs), donate_argnums=1)
+    return jax.jit(function, static_argnums=4, donate_argnums=(1, 2))
+
+
+@functools.lru_cache(maxsize=16)
+def jitted_samplers(
+    max_logprobs: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]
+) -> tuple[Any, Any]:
+    """The jitted sampler, and the one for steps with grammars or logits processors; shared likewise."""
+
+    def extended(*arguments: Any) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
+        return _sampled(*sample_extended(max_logprobs, mode, processors, *arguments))
+
+    return (
+        jax.jit(partial(sample_rows, max_logprobs, mode), donate_argnums=1),
+        jax.jit(extended, donate_argnums=1),
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -56,7 +70,7 @@ def step(
 ) -> tuple[Any, SamplerState, jax.Array, jax.Array, jax.Array]:
     """One step as a pure function; `kv` and `state` are donated.
 
-    Returns cache, state, greedy tokens and their finiteness, and what `sample_rows` needs where rows ask for more.
+    Returns cache, state, greedy tokens and their status, and what `sample_rows` needs where rows ask for more.
     """
     model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     batch = unpack(packed, state.history, layout, block_size)
@@ -69,16 +83,21 @@ def step(
     sampling = unpack_sampling(packed_sampling, layout.bucket.num_logits)
     history = state.history.at[sampling.write_rows, sampling.position].set(tokens, mode="drop")
     state = replace(state, history=history)
-    return kv, state, jnp.stack([tokens, finite.astype(jnp.int32)]), logits, packed_sampling
+    return kv, state, jnp.stack([tokens, jnp.where(finite, FINE, NOT_FINITE)]), logits, packed_sampling
 
 
 def sample_rows(
-    max_logprobs: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+    max_logprobs: int, mode: LogprobsMode, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
 ) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
     """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated."""
-    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs)
-    tokens_and_finite = jnp.stack([output.tokens, output.finite.astype(jnp.int32)])
-    return state, tokens_and_finite, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
+    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs, mode)
+    return _sampled(state, output)
+
+
+def _sampled(state: SamplerState, output: SamplerOutput) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
+    """State, tokens and their status as one array, and what is reported of them."""
+    tokens_and_status = jnp.stack([output.tokens, output.status])
+    return state, tokens_and_status, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
 
 
 def candidates_of_rows(

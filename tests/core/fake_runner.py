@@ -188,7 +188,7 @@ class FakeRunner:
             is_finite = (request.request_id, len(history) - request.num_prompt_tokens) not in self.nonfinite
             if request.beams is not None:
                 found = candidates(history)[: request.beams.num_candidates]
-                return SequenceOutput((), (), (), is_finite, tuple(found))
+                return SequenceOutput((), (), (), is_finite, None, tuple(found))
             history.append(token_ids[0])
         prompt_logprobs = ()
         if request.params.prompt_logprobs is not None:
