@@ -51,6 +51,14 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
+def values(config: ModelConfig) -> dict[str, Any]:
+    assert config.experts is not None
+    return {
+        "num_local_experts": config.experts.num_experts,
+        "num_experts_per_tok": config.experts.num_experts_per_token,
+    }
+
+
 CONVERSION = Conversion(
-    architecture="MixtralForCausalLM", model_type="mixtral", facts=facts, rules=rules, names=NAMES
+    architecture="MixtralForCausalLM", model_type="mixtral", facts=facts, rules=rules, names=NAMES, values=values
 )

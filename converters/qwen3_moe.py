@@ -56,6 +56,18 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     }
 
 
+def values(config: ModelConfig) -> dict[str, Any]:
+    assert config.experts is not None
+    return {
+        "num_experts": config.experts.num_experts,
+        "num_experts_per_tok": config.experts.num_experts_per_token,
+        "moe_intermediate_size": config.experts.expert_dim,
+        "norm_topk_prob": config.experts.normalises_weights,
+        "mlp_only_layers": list(config.experts.dense_layers),
+        "use_sliding_window": config.windows is not None,
+    }
+
+
 CONVERSION = Conversion(
-    architecture="Qwen3MoeForCausalLM", model_type="qwen3_moe", facts=facts, rules=rules, names=NAMES
+    architecture="Qwen3MoeForCausalLM", model_type="qwen3_moe", facts=facts, rules=rules, names=NAMES, values=values
 )

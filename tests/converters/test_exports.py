@@ -277,8 +277,10 @@ def test_transformers_computes_the_same_from_what_comes_back(tmp_path, case):
     token_ids = torch.arange(3, 27)[None]
     logits, activations = [], []
     for folder in (tmp_path / "hf", back):
+        # the grouped product that it prefers for mixtures takes sizes that are multiples of 4 alone
+        options = {"experts_implementation": "eager"} if "moe" in case or "mixtral" in case else {}
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
         )
         assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         with torch.no_grad():
