@@ -1,4 +1,7 @@
-"""The command line: jaxpaged generate | chat | convert | plan | info. A verb imports what it needs when it runs."""
+"""The command line: jaxpaged generate | chat | serve | batch | convert | plan | info.
+
+A verb imports what it needs when it runs.
+"""
 
 import argparse
 import dataclasses
@@ -12,7 +15,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -20,6 +23,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from jaxpaged.config import OPTIONS
 from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.server.config import OPTIONS as SERVER_OPTIONS
+from jaxpaged.server.config import ServerConfig
 
 STDIN = "-"
 STDERR_NUMBER = 2
@@ -38,7 +43,10 @@ SAMPLING_FLAGS = {
 PYTHON_ONLY = {field.name for field in dataclasses.fields(SamplingParams)} - {*SAMPLING_FLAGS, "stop"}
 """Sampling parameters without a flag."""
 NO_FLAGS = ("seed", "max_logprobs", "logprobs_mode")
-"""Engine options without a flag: a generation's seed is a sampling flag, and no verb prints log-probabilities."""
+"""Engine options without a flag where a verb generates: a generation's seed is a sampling flag, and no such verb prints
+log-probabilities."""
+SERVER_EXTRA = ("starlette", "uvicorn", "pydantic", "prometheus_client", "h11", "anyio")
+"""What the verbs serve and batch import that is not installed without the extra."""
 VLLM_FLAGS = {
     "gpu_memory_utilization": "vLLM's name of --device-memory-fraction",
     "swap_space": "vLLM's name of --host-memory-bytes, in GiB",
@@ -65,6 +73,12 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
             return code
     except ValueError as error:
         print(f"jaxpaged: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in SERVER_EXTRA:
+            raise
+        remedy = "it comes with the extra `server`: pip install 'jaxpaged[server]'"
+        print(f"jaxpaged: error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxpaged: interrupted", file=sys.stderr)
@@ -209,6 +223,23 @@ def make_parser() -> argparse.ArgumentParser:
                 )
         _add_engine_flags(verb)
 
+    serve = add_verb("serve", help="an HTTP server with OpenAI's API")
+    serve.set_defaults(run=_serve, module="jaxpaged.server.process")
+    _add_flags(serve.add_argument_group("server"), SERVER_OPTIONS)
+
+    batch = add_verb("batch", help="answer a file of requests in OpenAI's batch format")
+    batch.add_argument("requests", metavar="REQUESTS", help="JSON lines, one request each")
+    batch.add_argument("-o", "--output", required=True, metavar="ANSWERS", help="JSON lines, appended as answers come")
+    batch.add_argument("--resume", action="store_true", help="do only what ANSWERS lacks")
+    batch.add_argument("--overwrite", action="store_true", help="replace ANSWERS if it is there")
+    batch.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
+    batch.add_argument("--served-model-name", help="name of the model in the requests (default: the model as given)")
+    batch.set_defaults(run=_batch, module="jaxpaged.server.batch")
+
+    serve.add_argument("model_name", metavar="MODEL", nargs="?", help="the same as --model")
+    for verb in (serve, batch):
+        _add_engine_flags(verb, without=())
+
     convert = add_verb("convert", help="convert a checkpoint between the Hugging Face, native and Orbax formats")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
@@ -237,14 +268,21 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _add_engine_flags(parser: argparse.ArgumentParser, *, with_model: bool = True) -> None:
+def _add_engine_flags(
+    parser: argparse.ArgumentParser, *, with_model: bool = True, without: Sequence[str] = NO_FLAGS
+) -> None:
     if with_model:
         parser.add_argument("--model", default="demo", help="model folder, or demo (default: demo)")
         parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
     group = parser.add_argument_group("engine")
-    for option in OPTIONS:
-        if option.name in NO_FLAGS:
-            continue
+    _add_flags(group, [option for option in OPTIONS if option.name not in without])
+    for name, text in VLLM_FLAGS.items():
+        group.add_argument(_flag(name), type=float, default=argparse.SUPPRESS, help=text)
+
+
+def _add_flags(group: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
+    """A flag for each field of a config; one that is not given leaves no trace, so that the config's default holds."""
+    for option in options:
         kind, choices = _kind(option.type)
         help_text = f"{option.metadata['help']} (default: {option.default})"
         if kind is bool:
@@ -255,8 +293,6 @@ def _add_engine_flags(parser: argparse.ArgumentParser, *, with_model: bool = Tru
             group.add_argument(
                 _flag(option.name), type=kind, choices=choices, default=argparse.SUPPRESS, help=help_text
             )
-    for name, text in VLLM_FLAGS.items():
-        group.add_argument(_flag(name), type=float, default=argparse.SUPPRESS, help=text)
 
 
 def _kind(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
@@ -287,8 +323,8 @@ def _or_words(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
-    names = [*(option.name for option in OPTIONS if option.name not in NO_FLAGS), *VLLM_FLAGS]
+def _engine_options(options: argparse.Namespace, *, without: Sequence[str] = NO_FLAGS) -> dict[str, Any]:
+    names = [*(option.name for option in OPTIONS if option.name not in without), *VLLM_FLAGS]
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
@@ -480,6 +516,42 @@ def _fit_conversation(
         if len(prompt_token_ids) <= room:
             break
     return kept, prompt_token_ids
+
+
+def _serve(options: argparse.Namespace, started: float) -> int:
+    from jaxpaged.llm import LLM, engine_config_from, resolve_folder  # noqa: PLC0415  a verb imports what it needs
+    from jaxpaged.server.process import serve  # noqa: PLC0415
+
+    if options.model_name is not None and options.model != "demo":
+        raise ValueError("the model was given twice: as MODEL and as --model")
+    model = options.model_name or options.model
+    names = [option.name for option in SERVER_OPTIONS]
+    config = ServerConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    engine_options = _engine_options(options, without=())
+    engine_config_from(engine_options)  # a bad value is refused before anything is loaded
+    resolve_folder(model)
+    is_watched = sys.stderr.isatty()  # bars are for people; the log is for both
+    return serve(
+        model, lambda: LLM(model, tokenizer=options.tokenizer, show_progress=is_watched, **engine_options), config
+    )
+
+
+def _batch(options: argparse.Namespace, started: float) -> int:
+    from jaxpaged.llm import LLM  # noqa: PLC0415  a verb imports what it needs
+    from jaxpaged.server.batch import run_batch  # noqa: PLC0415
+
+    engine_options = _engine_options(options, without=())
+    return run_batch(
+        options.requests,
+        options.output,
+        load=lambda: LLM(
+            options.model, tokenizer=options.tokenizer, show_progress=not options.quiet, **engine_options
+        ),
+        model_name=options.served_model_name or options.model,
+        is_resumed=options.resume,
+        is_overwriting=options.overwrite,
+        is_quiet=options.quiet,
+    )
 
 
 def _convert(options: argparse.Namespace, started: float) -> int:

@@ -203,6 +203,11 @@ class LLM:
             raise ValueError("this model was loaded without a tokenizer: pass tokenizer=, the folder of one, to LLM")
         return self.engine.tokenizer
 
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the checkpoint's generation_config.json sets; None where it says nothing."""
+        return self._defaults
+
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config.json as SamplingParams; used where a call brings none."""
         defaults: dict[str, Any] = dict(self._defaults.as_dict())

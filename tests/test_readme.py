@@ -7,21 +7,23 @@ import pytest
 
 from jaxpaged.config import OPTIONS
 from jaxpaged.models.registry import support_matrix
+from jaxpaged.server.config import OPTIONS as SERVER_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def options_table() -> str:
+def options_table(options) -> str:
     rows = ["| option | default | meaning |", "|---|---|---|"]
-    rows += [f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |" for option in OPTIONS]
+    rows += [f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |" for option in options]
     return "\n".join(rows)
 
 
-def test_the_table_of_options_is_that_of_the_config():
-    found = re.search(r"<!-- options: begin -->\n(.*?)\n?<!-- options: end -->", README, re.DOTALL)
+@pytest.mark.parametrize(("name", "options"), [("options", OPTIONS), ("server options", SERVER_OPTIONS)])
+def test_the_tables_of_options_are_those_of_the_configs(name, options):
+    found = re.search(rf"<!-- {name}: begin -->\n(.*?)\n?<!-- {name}: end -->", README, re.DOTALL)
     assert found is not None
-    assert found.group(1) == options_table()
+    assert found.group(1) == options_table(options)
 
 
 def test_the_table_of_models_is_that_of_the_registry():

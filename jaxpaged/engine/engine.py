@@ -166,6 +166,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._live)
 
+    def has_started(self, request_id: str) -> bool:
+        """Whether a step has computed some of a request, or it has ended."""
+        live = self._live.get(request_id)
+        return live is None or live.group.first_scheduled_time_s is not None
+
     def _tokenize(self, prompt: str) -> tuple[int, ...]:
         if self.tokenizer is None:
             raise ValueError("this model was loaded without a tokenizer: give prompts as prompt_token_ids")

@@ -1,0 +1,218 @@
+"""What clients send: OpenAI's names and vLLM's further ones. Every name takes effect or is refused with a reason."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.server.errors import ApiError, refusal
+
+Body = TypeVar("Body", bound="WireBody")
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "documents": ([],),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "truncate_prompt_tokens": (-1,),
+    "spaces_between_special_tokens": (True,),
+    "length_penalty": (1.0,),
+}
+"""Values of unsupported names that ask for nothing; null is one for every name."""
+NO_EFFECT = ("user", "safety_identifier", "metadata", "prompt_cache_key")
+"""What OpenAI's servers keep for their own bookkeeping; it changes no output there or here."""
+REMEDIES: Mapping[str, str] = {
+    "tools": "tool calls are not supported yet: describe the functions in a message, or leave it out",
+    "tool_choice": "tool calls are not supported yet: use 'none', or leave it out",
+    "functions": "tool calls are not supported yet: leave it out",
+    "function_call": "tool calls are not supported yet: leave it out",
+    "response_format": "structured output is not supported yet: use {'type': 'text'}, or allowed_token_ids",
+    "structured_outputs": "structured output is not supported yet: use allowed_token_ids, or leave it out",
+    "guided_json": "structured output is not supported yet: leave it out",
+    "guided_regex": "structured output is not supported yet: leave it out",
+    "guided_choice": "structured output is not supported yet: leave it out",
+    "guided_grammar": "structured output is not supported yet: leave it out",
+    "use_beam_search": "beam search is not supported yet: use n for several samples",
+    "length_penalty": "beam search is not supported yet: leave it out",
+    "early_stopping": "beam search is not supported yet: leave it out",
+    "best_of": "use n and logprobs, and keep the best",
+    "suffix": "the model cannot fill in the middle: leave it out",
+    "chat_template": "templates of clients are not run: the operator puts one into the model's folder",
+    "continue_final_message": "not supported: use /v1/completions with the text so far",
+    "documents": "not supported: put them into a message",
+    "truncate_prompt_tokens": "prompts are not cut in silence: cut it before you send it",
+    "prompt_embeds": "prompts are text or token ids",
+    "logits_processors": "no code of a client is run: use logit_bias, allowed_token_ids or bad_words",
+    "mm_processor_kwargs": "the model takes text only: leave it out",
+    "modalities": "the model gives text only: use ['text'], or leave it out",
+    "audio": "the model gives text only: leave it out",
+    "store": "nothing is kept: use false, or leave it out",
+    "service_tier": "there is one tier: use 'auto', or leave it out",
+}
+
+
+class WireBody(BaseModel):
+    """A JSON object of known names, with values of exactly their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(WireBody):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+    """Accepted: OpenAI pads its chunks against listeners who see their sizes; here it adds nothing."""
+
+
+class Sampling(WireBody):
+    """What both kinds of request may ask of the sampler; None means the checkpoint's default, or ours."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+
+    model: str | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
+
+    def sampling_params(self, defaults: SamplingParams, **further: Any) -> SamplingParams:
+        """The SamplingParams asked for, with the checkpoint's defaults behind them. ApiError naming what is wrong."""
+        names = SamplingParams.__dataclass_fields__
+        given = {name: getattr(self, name) for name in SAMPLING_NAMES if getattr(self, name) is not None}
+        values = {name: getattr(defaults, name) for name in names} | given | further
+        try:
+            return SamplingParams(**values)
+        except ValueError as error:
+            raise refusal(error) from error
+
+
+SAMPLING_NAMES = tuple(name for name in Sampling.model_fields if name in SamplingParams.__dataclass_fields__)
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Any = Field(
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    )
+    echo: bool = False
+    logprobs: int | None = None
+
+
+class ChatBody(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(WireBody):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(WireBody):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def read_body(kind: type[Body], content: bytes) -> Body:
+    """The body of a request. Raises ApiError 400 for what is no JSON, or not this kind of body."""
+    try:
+        values = from_json(content)  # NaN is found below, with its name
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    return parse_body(kind, values)
+
+
+def parse_body(kind: type[Body], values: Any) -> Body:
+    """The same of a value that was JSON."""
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object, as {\"model\": ...}", code="invalid_json")
+    known = kind.model_fields
+    asked: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None or name in NO_EFFECT:
+            continue
+        if name not in known:
+            if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL.get(name, ())):
+                continue
+            remedy = REMEDIES.get(name, f"the parameters are {', '.join(known)}")
+            raise ApiError(400, f"{name[:80]} is not accepted: {remedy}", param=name[:80], code="unsupported_parameter")
+        if not _is_finite(value):
+            raise ApiError(400, f"{name} has a number that is NaN or infinite", param=name, code="invalid_value")
+        asked[name] = value
+    try:
+        return kind.model_validate(asked)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"][:4])
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise ApiError(400, f"{place}: {first['msg']}", param=param, code="invalid_type") from error
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number within is NaN or infinite; the parser has bounded the depth."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return True

@@ -1,0 +1,70 @@
+"""One small model for all tests of the server, and one server over it for as long as its options do not change."""
+
+import importlib.util
+from contextlib import ExitStack
+
+import pytest
+
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "openai", "jsonschema", "yaml")
+if any(importlib.util.find_spec(name) is None for name in NEEDED):
+    collect_ignore_glob = ["test_*.py"]  # neither of the extras `server` and `test` is installed
+else:
+    from server_harness import running_server
+
+    from jaxpaged import LLM
+
+    class Holder:
+        """At most one server at a time, as one thread drives the model."""
+
+        def __init__(self, llm):
+            self.llm = llm
+            self._stack = ExitStack()
+            self._options = None
+            self._server = None
+
+        def get(self, **options):
+            if self._options != options:
+                self.stop()
+                self._server = self._stack.enter_context(running_server(self.llm, **options))
+                self._options = options
+            return self._server
+
+        def stop(self):
+            self._options = None
+            self._stack.close()
+
+    @pytest.fixture(scope="session")
+    def loaded():
+        """12 usable blocks of 16 tokens for 4 sequences: enough for one of 128 tokens, not for four."""
+        llm = LLM(
+            "demo", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_device_blocks=13,
+            host_memory_bytes=2**22, preemption="swap", show_progress=False,
+        )
+        llm.warm_up()
+        return llm
+
+    @pytest.fixture(scope="session")
+    def holder(loaded):
+        holder = Holder(loaded)
+        yield holder
+        holder.stop()
+
+    @pytest.fixture
+    def llm(holder, request):
+        """The model; with no server over it, unless the test asks for one too."""
+        if not {"server", "guarded"} & set(request.fixturenames):
+            holder.stop()
+        return holder.llm
+
+    @pytest.fixture
+    def server(holder):
+        server = holder.get()
+        yield server
+        server.settle()
+
+    @pytest.fixture
+    def guarded(holder):
+        """A server with the API key "open sesame"."""
+        server = holder.get(api_key="open sesame")
+        yield server
+        server.settle()
