@@ -68,3 +68,10 @@ def test_the_example_of_a_logits_processor_runs_and_no_token_repeats():
     assert len(tokens) > 4
     assert len(set(tokens)) == len(tokens)
     assert not set(tokens) & set(output.prompt_token_ids)
+
+
+def test_the_example_of_a_beam_search_runs_and_gives_the_best_first():
+    output = example("beams")["output"]
+    scores = [hypothesis.score for hypothesis in output.outputs]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
