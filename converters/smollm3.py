@@ -17,8 +17,9 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     rotates = reader.get("no_rope_layers", [int((layer + 1) % period != 0) for layer in layers])
     if not isinstance(rotates, list) or len(rotates) < len(layers) or any(entry not in (0, 1) for entry in rotates):
         raise ValueError(f"no_rope_layers={rotates!r} must have an entry for each layer, 1 for one that rotates or 0")
-    has_windows = reader.flag("use_sliding_window", False) and reader.get("sliding_window") is not None
-    window = reader.get("sliding_window") if has_windows else None
+    own_window = reader.get("sliding_window")  # asked for always: files say null where it is not used
+    has_windows = reader.flag("use_sliding_window", False) and own_window is not None
+    window = own_window if has_windows else None
     usual = ["sliding_attention" if has_windows and not rotates[layer] else "full_attention" for layer in layers]
     return shape | rope(reader, shape, theta=2_000_000.0) | {
         "attention_bias": reader.get("attention_bias", False),
