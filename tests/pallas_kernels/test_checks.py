@@ -134,7 +134,7 @@ def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatc
     runner, block_size = engine.runner, engine.config.block_size
     dispatch, seen = runner.dispatch, []
 
-    def checked(plan: Any, built: Any) -> Any:
+    def checked(plan: Any, built: Any, *more: Any) -> Any:
         check_copies(17, sources=[c.source for c in plan.copies], targets=[c.target for c in plan.copies])
         check_copies(17, sources=[c.source for c in plan.swap_out])
         check_copies(17, targets=[c.target for c in plan.swap_in])
@@ -143,7 +143,7 @@ def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatc
             attention = unpack(jnp.asarray(built.packed), history, built.layout, block_size).attention.groups[0]
             check_metadata(attention, num_blocks=17, block_size=block_size)
             seen.append((len(plan.copies), len(plan.swap_in)))
-        return dispatch(plan, built)
+        return dispatch(plan, built, *more)
 
     monkeypatch.setattr(runner, "dispatch", checked)
     params = SamplingParams(temperature=0.8, seed=1, n=2, max_tokens=24)
