@@ -160,7 +160,7 @@ def test_stop_ends_the_request(server, browser, monkeypatch):
     step = Engine.step
 
     def slow_step(engine):
-        time.sleep(0.02)
+        time.sleep(0.1)
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", slow_step)
