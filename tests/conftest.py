@@ -1,9 +1,11 @@
 """Settings every test shares: strict types, CPU, and the shared data where it is present."""
 
+import gc
 import importlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(str(value) == "native_cpu" for value in parameters):
             item.add_marker(pytest.mark.skip(reason="no C++ compiler is installed"))
+
+
+MOST_MAPPINGS = 20_000
+"""Of memory: Linux gives a process 65,530, each compiled program takes some, and the one too many is a crash."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """Between files, where this process holds many: what is needed again comes from the persistent cache."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
