@@ -126,7 +126,7 @@ def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind(demo):
         (["a"], [GREEDY, GREEDY], "2 entries for 1"),
         ([{"text": "a"}], GREEDY, "text"),
         ([3.5], GREEDY, "float"),
-        (["a"], BeamSearchParams(beam_width=2, max_tokens=3), "BeamSearchParams"),
+        (["a"], BeamSearchParams(beam_width=16, max_tokens=3), "beam_width=16 is above max_num_seqs=8"),
         (["a"], "hot", "SamplingParams"),
         (["a", "b"], [GREEDY, None], "params of prompt 1: None is not"),
         ([["a"]], GREEDY, "id 'a' is not an integer; texts"),
@@ -248,7 +248,7 @@ def test_names_we_do_not_have_are_refused_with_what_to_use(options, match):
 
 
 def test_a_tokenizer_with_ids_beyond_the_model_s_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxpaged.llm.load_huggingface", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("jaxpaged.llm.load", lambda *a, **k: pytest.fail("weights were read"))
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     content = json.loads((DEMO_FOLDER / "tokenizer.json").read_text())
