@@ -197,14 +197,14 @@ def test_every_step_of_a_tight_engine_has_right_tables(name, monkeypatch):
     runner, block_size = engine.runner, engine.config.block_size
     dispatch, num_gone = runner.dispatch, 0
 
-    def checked(plan: Any, built: Any) -> Any:
+    def checked(plan: Any, built: Any, *more: Any) -> Any:
         nonlocal num_gone
         if built is not None:
             batch = unpack(jax.numpy.asarray(built.packed), runner._state.history, built.layout, block_size)
             for window, metadata in zip(runner.shapes.groups.windows, batch.attention.groups, strict=True):
                 check_metadata(metadata, num_blocks=num_blocks, block_size=block_size, window=window)
             num_gone += sum(item.sequence.block_ids.count(0) for item in plan.scheduled)
-        return dispatch(plan, built)
+        return dispatch(plan, built, *more)
 
     monkeypatch.setattr(runner, "dispatch", checked)
     assert run(engine, PROMPTS, SAMPLES).stats.num_preemptions > 0
