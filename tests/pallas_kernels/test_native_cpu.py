@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import AttentionCase, native_library, paged_attention, pick
 from pallas_kernels.cases import CASES, MIXED, BatchCase, HeadShape, make_batch
 from pallas_kernels.paged_attention import native_cpu
+from pallas_kernels.paged_attention.quantization import is_quantized
 
 CASE = AttentionCase(platform="cpu", num_kv_heads=4, head_dim=8, block_size=16, dtype="float32")
 
@@ -40,7 +41,9 @@ def test_every_case_is_right_when_compiled_for_an_older_processor(monkeypatch, t
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setattr(native_library, "MACHINE_FLAGS", (f"-march={machine}",))
     monkeypatch.setattr(native_cpu, "LIBRARY", replace(native_cpu.LIBRARY, prefix=f"{machine}."))
-    for case in CASES:
+    served = [case for case in CASES if not is_quantized(case.dtype)]  # bytes are xla's on a CPU
+    assert len(served) > 20
+    for case in served:
         batch = make_batch(case, "native_cpu")
         expected = attend(make_batch(case, "reference"), implementation="reference")
         tolerance = 5e-6 if case.dtype == "float32" else 1e-2
