@@ -42,7 +42,7 @@ def test_every_case_is_right_when_compiled_for_an_older_processor(monkeypatch, t
     monkeypatch.setattr(native_library, "MACHINE_FLAGS", (f"-march={machine}",))
     monkeypatch.setattr(native_cpu, "LIBRARY", replace(native_cpu.LIBRARY, prefix=f"{machine}."))
     served = [case for case in CASES if not is_quantized(case.dtype)]  # bytes are xla's on a CPU
-    assert len(served) > 20
+    assert len(served) > 12
     for case in served:
         batch = make_batch(case, "native_cpu")
         expected = attend(make_batch(case, "reference"), implementation="reference")
