@@ -160,10 +160,10 @@ class LLM:
         given = _given(model, config)
         model_config, text_folder = given.config, given.folder if tokenizer is None else Path(tokenizer)
         config = with_checked_attention(config, model_config, model_config.dtype)
-        shapes, plan = _plan(config, model_config)
+        shapes, plan, cut = _plan(config, model_config)
         if show_progress and (slow := missing_kernels(shapes.layout)) is not None:
             print(f"jaxpaged: {slow}", file=sys.stderr)
-        put = None if mesh is None else Placement(mesh, _cut(config, model_config)).put
+        put = None if mesh is None else Placement(mesh, cut).put
         self._defaults = (
             GenerationDefaults() if given.folder is None else checkpoint.read_generation_defaults(given.folder)
         )
@@ -492,27 +492,22 @@ def _given(model: str | Path | Decoder, config: EngineConfig) -> _Given:
     return _Given(folder, read_config(folder, dtype), partial(load, folder))
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes, MemoryPlan]:
-    """Shapes and memory plan, before any weight is there."""
+def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes, MemoryPlan, Cut]:
+    """Shapes, memory plan, and how parameters are cut over the devices, before any weight is there."""
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    cut = _cut(config, model_config)
-    specs = parameter_specs(build_abstract(model_config))
+    model = build_abstract(model_config)
+    cut = Cut(config.tensor_parallel_size, model_config.num_kv_heads, parameter_axes(model))
+    specs = parameter_specs(model)
     weight_bytes = sum(math.prod(cut.part_shape(path, spec.shape)) * itemsize for path, spec in specs.items())
     plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
-    return shapes, plan
-
-
-def _cut(config: EngineConfig, model_config: ModelConfig) -> Cut:
-    """How the model's parameters are cut over the devices."""
-    axes = parameter_axes(build_abstract(model_config))
-    return Cut(config.tensor_parallel_size, model_config.num_kv_heads, axes)
+    return shapes, plan, cut
 
 
 def plan_for(model: str | Path, **options: Any) -> str:
     """The memory plan of a model as a table, before anything is loaded."""
     config = engine_config_from(options)
-    _, plan = _plan(config, _given(model, config).config)
+    _, plan, _ = _plan(config, _given(model, config).config)
     return plan.table()
 
 
