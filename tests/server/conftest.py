@@ -1,4 +1,4 @@
-"""One small model for all tests of the server, and one server over it for as long as its options do not change."""
+"""One small model for all tests of the server, and in each file one server over it while its options stay the same."""
 
 import importlib.util
 from contextlib import ExitStack
@@ -36,15 +36,18 @@ else:
     @pytest.fixture(scope="session")
     def loaded():
         """12 usable blocks of 16 tokens for 4 sequences: enough for one of 128 tokens, not for four."""
-        llm = LLM(
+        return LLM(
             "demo", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_device_blocks=13,
             host_memory_bytes=2**22, preemption="swap", show_progress=False,
         )
-        llm.warm_up()
-        return llm
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture(scope="module")
     def holder(loaded):
+        """In each file all is run once more: compiled programs may have been dropped since (tests/conftest.py)."""
+        loaded.warm_up()
+        runner = loaded.engine.runner
+        for bucket in runner.shapes.buckets.all:
+            runner.warm_up(bucket, with_sampler=True)
         holder = Holder(loaded)
         yield holder
         holder.stop()
