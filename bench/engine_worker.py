@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from bench.worker import peak_memory_bytes, serve
-from jaxpaged import LLM, SamplingParams
+from jaxpaged import LLM, BeamSearchParams, SamplingParams
 
 
 class EngineWorker:
@@ -42,6 +42,23 @@ class EngineWorker:
             "host": {name: after[name] - before[name] for name in after},
         }
 
+    def beam_search(self, prompts: list[list[int]], width: int, num_new_tokens: int) -> dict[str, Any]:
+        """All searches at once; of each the best hypothesis. The prefix cache starts empty."""
+        llm = self._llm
+        assert llm is not None
+        llm.reset_prefix_cache()
+        params = BeamSearchParams(beam_width=width, max_tokens=num_new_tokens, ignore_eos=True)
+        before = host_stats(llm)
+        start = time.perf_counter()
+        outputs = llm.beam_search([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        elapsed_s = time.perf_counter() - start
+        after = host_stats(llm)
+        return {
+            "elapsed_s": elapsed_s,
+            "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "host": {name: after[name] - before[name] for name in after},
+        }
+
     def finish(self) -> dict[str, Any]:
         """What is known at the end only."""
         assert self._llm is not None
@@ -66,7 +83,10 @@ def host_stats(llm: LLM) -> dict[str, float]:
 def main() -> None:
     worker = EngineWorker()
     serve(
-        {"load": worker.load, "generate": worker.generate, "finish": worker.finish},
+        {
+            "load": worker.load, "generate": worker.generate, "beam_search": worker.beam_search,
+            "finish": worker.finish,
+        },
         {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     )
 

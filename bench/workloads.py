@@ -17,19 +17,21 @@ class BenchRequest:
     max_tokens: int
 
 
-def lognormal_lens(rng: np.random.Generator, num: int, mean: float, *, sigma: float = 1.0) -> list[int]:
-    """`num` log-normal lengths clipped to [MIN_LEN, MAX_LEN], scaled so that their mean after clipping is `mean`."""
-    if not MIN_LEN <= mean <= MAX_LEN / 2:
-        raise ValueError(f"mean={mean} is not reachable: it must be from {MIN_LEN} to {MAX_LEN // 2}")
+def lognormal_lens(
+    rng: np.random.Generator, num: int, mean: float, *, sigma: float = 1.0, longest: int = MAX_LEN
+) -> list[int]:
+    """`num` log-normal lengths clipped to [MIN_LEN, longest], scaled so that their mean after clipping is `mean`."""
+    if not MIN_LEN <= mean <= longest / 2:
+        raise ValueError(f"mean={mean} is not reachable: it must be from {MIN_LEN} to {longest // 2}")
     shape = np.exp(sigma * rng.standard_normal(num))
     low, high = 0.0, 1e6
     for _ in range(80):  # the clipped mean grows with the scale
         middle = (low + high) / 2
-        if np.clip(middle * shape, MIN_LEN, MAX_LEN).mean() < mean:
+        if np.clip(middle * shape, MIN_LEN, longest).mean() < mean:
             low = middle
         else:
             high = middle
-    return [int(length) for length in np.clip(np.rint(high * shape), MIN_LEN, MAX_LEN)]
+    return [int(length) for length in np.clip(np.rint(high * shape), MIN_LEN, longest)]
 
 
 def sharegpt_like(

@@ -42,21 +42,38 @@ class TransformersPeer:
         token_ids: list[list[int]] = [[] for _ in prompts]
         start = time.perf_counter()
         for batch in batches:
-            longest = max(len(prompts[index]) for index in batch)
-            padding = [longest - len(prompts[index]) for index in batch]
-            input_ids = [[0] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
-            mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-            num_new = max(max_tokens[index] for index in batch)
-            output = self._model.generate(
-                input_ids=torch.tensor(input_ids, device=self._model.device),
-                attention_mask=torch.tensor(mask, device=self._model.device),
-                max_new_tokens=num_new,
-            )
-            if output.shape[1] != longest + num_new:
-                raise ValueError(f"generate gave {output.shape[1] - longest} tokens instead of {num_new}")
-            for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            rows = self._generate([prompts[index] for index in batch], max(max_tokens[index] for index in batch))
+            for index, row in zip(batch, rows, strict=True):
                 token_ids[index] = row[: max_tokens[index]]
         return {"elapsed_s": time.perf_counter() - start, "token_ids": token_ids}
+
+    @torch.no_grad()
+    def beam_search(
+        self, prompts: list[list[int]], width: int, num_new_tokens: int, batch_size: int
+    ) -> dict[str, Any]:
+        """Beam searches, `batch_size` at a time; of each the best hypothesis."""
+        token_ids: list[list[int]] = []
+        start = time.perf_counter()
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            token_ids += self._generate(batch, num_new_tokens, num_beams=width, num_return_sequences=1)
+        return {"elapsed_s": time.perf_counter() - start, "token_ids": token_ids}
+
+    def _generate(self, prompts: list[list[int]], num_new_tokens: int, **options: Any) -> list[list[int]]:
+        """New tokens of one left-padded batch, exactly as many as asked for."""
+        longest = max(len(prompt) for prompt in prompts)
+        padding = [longest - len(prompt) for prompt in prompts]
+        input_ids = [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
+        output = self._model.generate(
+            input_ids=torch.tensor(input_ids, device=self._model.device),
+            attention_mask=torch.tensor(mask, device=self._model.device),
+            max_new_tokens=num_new_tokens,
+            **options,
+        )
+        if output.shape[1] != longest + num_new_tokens:
+            raise ValueError(f"generate gave {output.shape[1] - longest} tokens instead of {num_new_tokens}")
+        return output[:, longest:].tolist()
 
     @torch.no_grad()
     def continuous(self, prompts: list[list[int]], max_tokens: list[int], max_batch_tokens: int) -> dict[str, Any]:
@@ -101,7 +118,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     peer = TransformersPeer()
     serve(
-        {"load": peer.load, "static": peer.static, "continuous": peer.continuous, "finish": peer.finish},
+        {
+            "load": peer.load, "static": peer.static, "continuous": peer.continuous,
+            "beam_search": peer.beam_search, "finish": peer.finish,
+        },
         {"torch": torch.__version__, "transformers": transformers.__version__},
     )
 
