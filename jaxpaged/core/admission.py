@@ -1,8 +1,9 @@
 """The door: a request that could never finish here is refused before it waits."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from jaxpaged.core.request import Request
+from jaxpaged.core.request import Request, SequenceGroup
 from jaxpaged.core.table_layout import TableLayout
 
 
@@ -31,6 +32,16 @@ class SchedulerLimits:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_model_len={self.max_model_len}: "
                 f"raise it, or turn enable_chunked_prefill on (without it a prompt goes in one step)"
             )
+
+
+class AdmissionGate(Protocol):
+    """Who may run besides having blocks and rows: how an experiment puts another memory policy over the same engine."""
+
+    def admit(self, group: SequenceGroup) -> bool:
+        """Whether the first of those who wait may run now. Asked again for a group that gave way."""
+
+    def leave(self, group: SequenceGroup) -> None:
+        """The group has ended, admitted or not."""
 
 
 def num_worst_case_blocks(request: Request, limits: SchedulerLimits, layout: TableLayout) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as ListLike
 
-from jaxpaged.core.admission import SchedulerLimits, check_fits
+from jaxpaged.core.admission import AdmissionGate, SchedulerLimits, check_fits
 from jaxpaged.core.beam_search import Beam, BeamSearch, Continuation
 from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.group_queue import GroupQueue, Order, first_come_first_served
@@ -83,6 +83,8 @@ class Scheduler:
         self.find_stop_string: Callable[[Request, list[int]], str | None] | None = None
         """Set by an engine that knows text: the stop string that these output tokens end in, of a request with beams
         and stop strings."""
+        self.gate: AdmissionGate | None = None
+        """A further condition of admission, for experiments: set it while no request lives."""
         self._num_prompt_logprobs: dict[str, int] = {}
         """Prompt positions below this were reported."""
         self._to_commit: list[Sequence] = []
@@ -152,6 +154,8 @@ class Scheduler:
         if status is SequenceStatus.RUNNING and request.beams is not None:
             self._num_unreserved_rows += request.beams.width
         self._queue(status).remove(group)
+        if self.gate is not None:
+            self.gate.leave(group)
         self._awaiting_fork.discard(group)
         self._num_prompt_logprobs.pop(request.request_id, None)
         self._searches.pop(request.request_id, None)
@@ -262,6 +266,8 @@ class Scheduler:
                 return
             num_blocks = self._num_blocks_to_start(group, leader, members, match)
             if num_blocks + self._num_watermark_blocks() > manager.num_free_blocks:
+                return
+            if self.gate is not None and not self.gate.admit(group):
                 return
             counts = manager.device.reference_counts
             num_shared = sum(counts[block] > 0 for block in match)

@@ -237,3 +237,39 @@ def test_a_newcomer_leaves_one_block_in_a_hundred_free_unless_it_is_alone():
 def test_an_unknown_way_of_preemption_is_refused():
     with pytest.raises(ValueError, match="preemption='drop'"):
         make_scheduler(preemption="drop")
+
+
+class OneAtATime:
+    """A gate that lets a single request run."""
+
+    def __init__(self):
+        self.inside, self.left = None, []
+
+    def admit(self, group):
+        if self.inside not in (None, group):
+            return False
+        self.inside = group
+        return True
+
+    def leave(self, group):
+        self.left.append(group.request.request_id)
+        if self.inside is group:
+            self.inside = None
+
+
+def test_a_gate_says_who_may_begin_and_hears_of_every_end():
+    scheduler = make_scheduler()
+    scheduler.gate = OneAtATime()
+    for index in range(3):
+        scheduler.add(make_request(f"r{index}", [index] * 3, arrival_index=index, max_tokens=1))
+    first = scheduler.schedule()
+    assert plan_of(first) == [("r0", 0, 3, 1)]  # there are blocks and rows for all
+    assert scheduler.counts()[:2] == (2, 1)
+    scheduler.abort("r1")  # never admitted
+    scheduler.update(first, results(first))
+    second = scheduler.schedule()
+    assert plan_of(second) == [("r2", 0, 3, 1)]
+    scheduler.update(second, results(second))
+    assert scheduler.gate.left == ["r1", "r0", "r2"]
+    assert not scheduler.has_unfinished
+    scheduler.check()

@@ -1,0 +1,163 @@
+"""How many requests run at once in equal KV memory, and how much of it holds tokens? (Kwon et al. 2023, figures 2, 13)
+
+Paging against contiguous reservations (`reservation.py`), live: the same engine, kernels, requests and order, and each
+policy's own limit to what may run. Means over the steps in which requests still wait, so that memory is what bounds
+them. 15,700 slots for tokens and 2,048 positions are what the paper's 13B model had on its GPU; lengths are log-normal
+with ShareGPT's means (161 and 338 tokens) and end by length; weights are random. Counts, not times: they do not depend
+on the machine.
+
+    python -m bench.paper.batching --output bench/results/batching.json
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.paper.reservation import POLICIES, Policy, ReservationGate
+from bench.record import describe_run, note, write_result
+from bench.shapes import SHAPES, write_model
+from bench.workloads import lognormal_lens
+from jaxpaged import LLM, SamplingParams
+from jaxpaged.engine.engine import Engine
+
+MAX_MODEL_LEN = 2048
+LONGEST = MAX_MODEL_LEN // 2
+BLOCK_SIZE = 16
+PAPER_REQUESTS = {"max": 7.0, "pow2": 9.8, "oracle": 13.6, "paging": 30.4}
+"""Requests in a batch, OPT-13B on ShareGPT, figure 13."""
+PAPER_TOKENS = {"max": 20.4, "pow2": 26.8, "oracle": 38.2, "paging": 96.3}
+"""Percent of KV memory that holds tokens, figure 2."""
+
+
+@dataclass
+class Watch:
+    """What is true after each step while requests wait."""
+
+    num_running: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are in memory."""
+
+    def look(self, engine: Engine) -> None:
+        counts = engine.scheduler.counts()
+        if counts.waiting:
+            self.num_running.append(counts.running)
+            self.num_tokens.append(
+                sum(sequence.num_computed_tokens for group in engine.scheduler.groups for sequence in group.unfinished)
+            )
+
+
+def make_requests(args: argparse.Namespace, vocab_size: int) -> list[tuple[list[int], int]]:
+    """Prompts and output lengths."""
+    rng = np.random.default_rng(args.seed)
+    prompt_lens = lognormal_lens(rng, args.num_requests, args.prompt_mean, longest=LONGEST)
+    output_lens = lognormal_lens(rng, args.num_requests, args.output_mean, longest=LONGEST)
+    return [
+        (rng.integers(3, vocab_size, prompt_len).tolist(), output_len)
+        for prompt_len, output_len in zip(prompt_lens, output_lens, strict=True)
+    ]
+
+
+def serve(
+    folder: Path, requests: Sequence[tuple[list[int], int]], policy: Policy | None, args: argparse.Namespace,
+    *, has_buddies: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """All requests at time 0 under a policy (None: paging)."""
+    llm = LLM(
+        str(folder), max_num_seqs=args.max_num_seqs, max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE,
+        num_device_blocks=1 + args.num_slots // BLOCK_SIZE, enable_prefix_caching=False, preemption="recompute",
+        show_progress=False,
+    )  # fmt: skip
+    engine = llm.engine
+    if policy is not None:
+        engine.scheduler.gate = ReservationGate(
+            policy, num_slots=args.num_slots, max_model_len=MAX_MODEL_LEN, has_buddies=has_buddies
+        )
+    for prompt, num_new_tokens in requests:
+        params = SamplingParams(temperature=0, max_tokens=num_new_tokens, ignore_eos=True, detokenize=False)
+        engine.add_request({"prompt_token_ids": prompt}, params)
+    watch, num_tokens = Watch(), 0
+    while engine.has_unfinished:
+        num_tokens += sum(len(output.outputs[0].token_ids) for output in engine.step() if output.finished)
+        watch.look(engine)
+    expected = sum(number for _, number in requests)
+    if num_tokens != expected:
+        raise RuntimeError(f"{num_tokens} tokens came instead of {expected}")
+    if not watch.num_running:
+        raise ValueError("no request had to wait: give more requests, or fewer slots")
+    return {
+        "policy": policy or "paging",
+        "has_buddies": has_buddies if policy else None,
+        "mean_running": statistics.mean(watch.num_running),
+        "percent_of_memory_with_tokens": 100 * statistics.mean(watch.num_tokens) / args.num_slots,
+        "num_steps": engine.stats().num_steps,
+        "num_preemptions": engine.stats().num_preemptions,
+    }
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each policy with and without buddies, and for paging."""
+    shape = replace(SHAPES["tiny"], max_position_embeddings=MAX_MODEL_LEN)
+    requests = make_requests(args, shape.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="bench-batching-") as scratch:
+        folder = write_model(shape, Path(scratch) / "model", seed=args.seed)
+        rows = []
+        for policy, has_buddies in [*((p, b) for b in (True, False) for p in POLICIES), (None, True)]:
+            rows.append(serve(folder, requests, policy, args, has_buddies=has_buddies))
+            note(f"{rows[-1]['policy']}: {rows[-1]['mean_running']:.1f} requests in {rows[-1]['num_steps']} steps")
+    return rows
+
+
+def print_report(rows: Sequence[dict[str, Any]]) -> None:
+    """The table for people."""
+    paging = rows[-1]["mean_running"]
+    print(f"{'memory policy':<30}{'requests':>9}{'paging is':>11}{'paper':>8}{'tokens, %':>11}{'paper':>8}{'steps':>8}")
+    for row in rows:
+        policy = row["policy"]
+        name = policy if policy == "paging" else f"{policy}, {'buddies' if row['has_buddies'] else 'ideally packed'}"
+        has_paper = row["has_buddies"] is not False
+        ratio = PAPER_REQUESTS["paging"] / PAPER_REQUESTS[policy]
+        print(
+            f"{name:<30}{row['mean_running']:9.1f}{paging / row['mean_running']:10.2f}x"
+            f"{f'{ratio:.1f}x' if has_paper else '':>8}{row['percent_of_memory_with_tokens']:11.1f}"
+            f"{PAPER_TOKENS[policy] if has_paper else '':>8}{row['num_steps']:8d}"
+        )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.paper.batching", description=description)
+    parser.add_argument("--num-requests", type=int, default=300)
+    parser.add_argument("--num-slots", type=int, default=15_700, help="tokens whose keys and values fit in memory")
+    parser.add_argument("--prompt-mean", type=float, default=161)
+    parser.add_argument("--output-mean", type=float, default=338)
+    parser.add_argument("--max-num-seqs", type=int, default=128, help="above what memory allows, so that it bounds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
+    args = parser.parse_args(argv)
+    if args.num_requests < 1 or args.num_slots < MAX_MODEL_LEN:
+        parser.error(f"--num-requests must be 1 or more, and --num-slots {MAX_MODEL_LEN} or more")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parse(arguments)
+    rows = measure(args)
+    print_report(rows)
+    result: dict[str, Any] = {"bench": "paper.batching", **describe_run("bench.paper.batching", arguments)}
+    result |= {"num_requests": args.num_requests, "num_slots": args.num_slots, "seed": args.seed, "rows": rows}
+    result |= {"paper_requests": PAPER_REQUESTS, "paper_percent_of_memory_with_tokens": PAPER_TOKENS}
+    write_result(result, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
