@@ -3,3 +3,20 @@ May import: everything of the project, the standard library, numpy; a peer's lib
 Must never come in: what other rooms import; a module of `peers/` in the process that measures (each peer has its own).
 Read first: `bench.workloads.BenchRequest`, then `bench.offline`.
 """
+
+VERBS = {
+    "throughput": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
+    "steps": ("bench.steps", "milliseconds of decode and prefill steps"),
+    "kernels": ("bench.kernels", "paged attention against its reference, its peers and the machine's ceilings"),
+    "llama8b": ("bench.llama8b", "tokens a second of an 8B Llama on one accelerator"),
+    "beams": ("bench.beams", "beam search beside transformers'"),
+    "structured": ("bench.structured", "what JSON-schema output costs a step"),
+    "moe": ("bench.moe", "a mixture of experts against its dense twin"),
+    "load": ("bench.load", "loading a checkpoint against reading its files"),
+    "swap": ("bench.swap", "swapping KV blocks to host memory and back"),
+    "host-time": ("bench.host_time", "what the host does in a step, without a device"),
+    "paper-batching": ("bench.paper.batching", "requests at once in equal memory: paging against reservations"),
+    "paper-sharing": ("bench.paper.sharing", "KV blocks saved by samples and beams"),
+    "paper-prefix": ("bench.paper.prefix", "what a shared prefix is worth"),
+}
+"""`jaxpaged bench NAME`: its module, whose `main(arguments)` runs it, and what it measures."""

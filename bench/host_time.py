@@ -59,8 +59,8 @@ def measure(num_seqs: int, *, context_len: int, num_steps: int) -> dict[str, Any
     # large enough for all prompts to be computed in about 16 steps, whatever num_seqs
     budget = max(2048, 16 * num_seqs)
     runner = DevicelessRunner(max_num_seqs=num_seqs, max_num_batched_tokens=budget)
-    # ample: nobody is preempted, and the scheduler's reserve of free blocks keeps nobody waiting
-    num_blocks = 2 * num_seqs * -(-(context_len + num_steps + 64) // BLOCK_SIZE) + 1
+    # ample: nobody is preempted, the scheduler's reserve of free blocks keeps nobody waiting, and one could end alone
+    num_blocks = MAX_MODEL_LEN // BLOCK_SIZE + 2 * num_seqs * -(-(context_len + num_steps + 64) // BLOCK_SIZE) + 1
     scheduler = Scheduler(
         block_manager=BlockManager(num_device_blocks=num_blocks, num_host_blocks=0, block_size=BLOCK_SIZE),
         max_num_seqs=num_seqs,

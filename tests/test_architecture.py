@@ -29,6 +29,7 @@ FLOORS = (  # a room, its floor; the longest prefix counts
     ("jaxpaged.llm", 6),
     ("jaxpaged.server", 6),
     ("jaxpaged.cli", 7),
+    ("jaxpaged.commands", 7),
     ("jaxpaged.interrupts", 7),
     ("bench", 7),
     ("jaxpaged", 8),
@@ -38,7 +39,6 @@ HOST_WING = (
 )
 LAZY = {  # function bodies that may import, and what: optional extras, slow imports (a verb, Pallas), tokenizers
     "jaxpaged.__main__": {"jaxpaged"},
-    "jaxpaged.cli": None,
     "jaxpaged.engine.tokenizer": {"transformers"},
     "converters.orbax": {"orbax"},
     "jaxpaged.engine.grammars": {"llguidance"},
@@ -108,7 +108,7 @@ def test_the_device_wing_knows_no_scheduling(name: str) -> None:
 
 def test_kernels_are_imported_in_few_places() -> None:
     layers = tuple(f"jaxpaged.layers.{name}" for name in ("attention", "embedding", "linear", "moe"))
-    allowed = (*layers, "jaxpaged.runner", "jaxpaged.cli", "bench", "pallas_kernels")
+    allowed = (*layers, "jaxpaged.runner", "jaxpaged.commands.info", "bench", "pallas_kernels")
     for name in FILES:
         if not name.startswith(allowed):
             for module, _ in imports_of(name):

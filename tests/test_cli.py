@@ -1,6 +1,8 @@
 """The command line, in this process and as users run it."""
 
+import importlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import warnings
 
 import pytest
 
+from bench import VERBS
 from jaxpaged import LLM
 from jaxpaged.cli import main, make_parser
 from jaxpaged.llm import DEMO_FOLDER
@@ -393,9 +396,29 @@ def test_warnings_are_one_line_each_and_those_of_other_packages_not_said_with_qu
         warnings.warn_explicit("of ours", UserWarning, f"/lib{os.sep}jaxpaged{os.sep}llm.py", 1)
         return 0
 
-    monkeypatch.setattr("jaxpaged.cli._generate", run)
+    monkeypatch.setattr("jaxpaged.commands.generate.run", run)
     for flags, told in (([], ["the cache cannot be written", "of ours"]), (["--quiet"], ["of ours"])):
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             assert main(["generate", "x", *flags]) == 0
         assert capsys.readouterr().err.splitlines() == [f"jaxpaged: warning: {text}" for text in told]
+
+
+def test_bench_runs_one_by_name_with_its_own_flags(capsys):
+    assert main(["bench", "host-time", "--num-seqs", "2", "--num-steps", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["num_seqs"] == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["speed"]])
+def test_bench_tells_which_there_are(arguments, capsys):
+    assert main(["bench", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert ("'speed' is no bench; choose" if arguments else "which bench? choose") in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == list(VERBS)
+
+
+@pytest.mark.parametrize("name", list(VERBS))
+def test_every_bench_has_a_main(name):
+    module, text = VERBS[name]
+    assert callable(importlib.import_module(module).main)
+    assert text

@@ -232,7 +232,7 @@ def test_a_key_can_be_read_from_a_file(tmp_path):
 
 def test_without_the_extra_one_line_says_what_to_install(capsys, monkeypatch):
     for name in list(sys.modules):
-        if name == "jaxpaged.server.process" or name.startswith("uvicorn"):
+        if name in ("jaxpaged.commands.serve", "jaxpaged.server.process") or name.startswith("uvicorn"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "demo"]) == 2
