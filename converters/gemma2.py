@@ -1,12 +1,12 @@
 """Gemma 2 from Hugging Face."""
 
+from functools import partial
 from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion, norm
 from converters.facts import LLAMA_NAMES, rope, sizes, sliding_values, windows_by_type
-from converters.llama import ATTENTION, GATED_MLP, HEAD_NORMS, ends
-from converters.rules import Row
+from converters.llama import rules
 from jaxpaged.models.config import ModelConfig
 
 NAMES = {
@@ -17,16 +17,12 @@ NAMES = {
     "window_rope_theta": "rope_local_base_freq",
 }
 
-SANDWICH_NORMS = (
+NORMS = (
     *norm("model.layers.{i}.input_layernorm", "layers.{i}.attention_norm"),
     *norm("model.layers.{i}.post_attention_layernorm", "layers.{i}.attention_output_norm"),
     *norm("model.layers.{i}.pre_feedforward_layernorm", "layers.{i}.mlp_norm"),
     *norm("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.mlp_output_norm"),
 )
-
-
-def rules(config: ModelConfig) -> tuple[Row, ...]:
-    return (*ATTENTION, *HEAD_NORMS, *GATED_MLP, *SANDWICH_NORMS, *ends(config))
 
 
 def shared_facts(reader: ConfigReader, *, max_position_embeddings: int) -> dict[str, Any]:
@@ -65,6 +61,6 @@ def shared_values(config: ModelConfig) -> dict[str, Any]:
 
 
 CONVERSION = Conversion(
-    architecture="Gemma2ForCausalLM", model_type="gemma2", facts=facts, rules=rules, names=NAMES,
+    architecture="Gemma2ForCausalLM", model_type="gemma2", facts=facts, rules=partial(rules, norms=NORMS), names=NAMES,
     values=shared_values,
 )

@@ -1,11 +1,13 @@
 """Gemma 3, text, from Hugging Face."""
 
+from functools import partial
 from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion
 from converters.facts import rope_scaling, windows_by_type
-from converters.gemma2 import NAMES, rules, shared_facts, shared_values
+from converters.gemma2 import NAMES, NORMS, shared_facts, shared_values
+from converters.llama import rules
 from jaxpaged.models.config import ModelConfig
 
 THETA, WINDOW_THETA = 1_000_000.0, 10_000.0
@@ -76,5 +78,6 @@ def values(config: ModelConfig) -> dict[str, Any]:
 
 
 CONVERSION = Conversion(
-    architecture="Gemma3ForCausalLM", model_type="gemma3_text", facts=facts, rules=rules, names=NAMES, values=values
+    architecture="Gemma3ForCausalLM", model_type="gemma3_text", facts=facts, rules=partial(rules, norms=NORMS),
+    names=NAMES, values=values,
 )

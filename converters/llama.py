@@ -40,8 +40,9 @@ def ends(config: ModelConfig) -> tuple[Row, ...]:
     )
 
 
-def rules(config: ModelConfig) -> tuple[Row, ...]:
-    return (*ATTENTION, *HEAD_NORMS, *GATED_MLP, *PRE_NORMS, *ends(config))
+def rules(config: ModelConfig, norms: tuple[Row, ...] = PRE_NORMS) -> tuple[Row, ...]:
+    """Return the rows of a Llama, or of one whose layers have their norms elsewhere: `norms` names those."""
+    return (*ATTENTION, *HEAD_NORMS, *GATED_MLP, *norms, *ends(config))
 
 
 def facts(reader: ConfigReader) -> dict[str, Any]:

@@ -1,24 +1,17 @@
 """OLMo 2 from Hugging Face."""
 
+from functools import partial
 from typing import Any
 
 from converters.config_reader import ConfigReader
 from converters.conversion import Conversion, norm
 from converters.facts import rope, sizes
-from converters.llama import ATTENTION, GATED_MLP, HEAD_NORMS, ends
-from converters.rules import Row
-from jaxpaged.models.config import ModelConfig
+from converters.llama import rules
 
-
-def rules(config: ModelConfig) -> tuple[Row, ...]:
-    return (
-        *ATTENTION,
-        *HEAD_NORMS,
-        *GATED_MLP,
-        *norm("model.layers.{i}.post_attention_layernorm", "layers.{i}.attention_output_norm"),
-        *norm("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.mlp_output_norm"),
-        *ends(config),
-    )
+NORMS = (
+    *norm("model.layers.{i}.post_attention_layernorm", "layers.{i}.attention_output_norm"),
+    *norm("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.mlp_output_norm"),
+)
 
 
 def facts(reader: ConfigReader) -> dict[str, Any]:
@@ -26,4 +19,6 @@ def facts(reader: ConfigReader) -> dict[str, Any]:
     return shape | rope(reader, shape) | {"attention_bias": reader.get("attention_bias", False)}
 
 
-CONVERSION = Conversion(architecture="Olmo2ForCausalLM", model_type="olmo2", facts=facts, rules=rules)
+CONVERSION = Conversion(
+    architecture="Olmo2ForCausalLM", model_type="olmo2", facts=facts, rules=partial(rules, norms=NORMS)
+)

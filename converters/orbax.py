@@ -3,10 +3,11 @@
 The tree is that of `nnx.state(model)`: what a trainer in JAX saves. orbax is imported when it is used.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,24 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from converters.plain_zarr import PlainArray, PlainReader, plain_array
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
+from jaxpaged.models.data_file import cast
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import check_names, fill, parameter_specs, place
+from jaxpaged.models.parameters import check_names, fill, is_used_in_place, parameter_specs, place
+from jaxpaged.models.read_ahead import ReadAhead
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.models.tensor_files import read_json
 
 FORMAT = "jaxpaged-orbax"
 SUBFOLDER = "orbax"
-MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
+TREE = "_METADATA"
+MARKS = ("_CHECKPOINT_METADATA", TREE)
 """Files that tell an Orbax checkpoint."""
-CHUNK_BYTES = 16 * 2**20
+DATABASE = "manifest.ocdbt"
+"""Where orbax has put arrays into a key-value database, as it does by default."""
+CHUNK_BYTES = 64 * 2**20
 """Of an array in the files: a device that restores its part reads whole chunks."""
 GROUPS = 16
 """In how many steps a checkpoint is restored: each reads the tree's metadata again."""
@@ -57,7 +64,7 @@ def read_config(folder: Path) -> ModelConfig:
 def save(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
     """Write the parameters as an Orbax checkpoint `folder`, which must not be there.
 
-    No array is copied in memory, so that views of files stay on the disk. Uncompressed: weights hardly get smaller.
+    No array is copied in memory, so that views of files stay on the disk. Chunks are plain files (`plain_zarr.py`).
     """
     ocp = _import()
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -66,12 +73,26 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
     )
     tree = _nested(arrays)
     options = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-    with ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
-    ) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False, use_ocdbt=False)
+    with _without_talk_of_merging(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             folder.absolute(), ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda leaf: options, tree))
         )
+
+
+@contextmanager
+def _without_talk_of_merging() -> Iterator[None]:
+    """Keep back orbax's warning that there is no database to merge: none is made."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_use)
 
 
 @dataclass(frozen=True)
@@ -82,16 +103,21 @@ class OpenFolder:
     config: ModelConfig
     model: Decoder
     """With shapes in place of weights."""
-    names: Mapping[str, tuple[str, ...]]
-    """Where each parameter is in the tree, by path."""
-    most_bytes: Mapping[str, int]
-    """What reading a parameter takes at most: whole chunks, in the files or in memory."""
     num_cast: int
+    plain: ReadAhead | None = None
+    """Reads parameters where each is in plain files; else orbax restores them, and needs what follows."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where each parameter is in the tree, by path."""
+    most_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What reading a parameter takes at most: whole chunks, in the files or in memory."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a parameter as numpy has it."""
-        ocp = _import()
         dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
+        if self.plain is not None:
+            with _naming(self.path, f"parameter {name!r}"):
+                return cast(self.plain.read(name), dtype)
+        ocp = _import()
         return self._restore([name], lambda path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))[0]
 
     def restore(self, names: Sequence[str], sharding: Callable[[str], jax.sharding.Sharding]) -> list[jax.Array]:
@@ -136,7 +162,8 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
     path = (folder / SUBFOLDER).absolute()
     model = build_abstract(config, max_model_len=max_model_len)
     specs = parameter_specs(model)
-    leaves = _leaves(path)
+    arrays = _plain_arrays(path)
+    leaves = _leaves(path) if arrays is None else {name: ((), array) for name, array in arrays.items()}
     check_names(leaves, specs, str(path))
     for name, spec in specs.items():
         shape, stored = leaves[name][1].shape, np.dtype(leaves[name][1].dtype)
@@ -149,9 +176,43 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
                 f"{path}: parameter {name!r} has element type {stored}: only {list(checkpoint.NUMPY_DTYPES)} are read"
             )
     num_cast = sum(np.dtype(leaf.dtype) != checkpoint.NUMPY_DTYPES[config.dtype] for _, leaf in leaves.values())
-    places = {name: keys for name, (keys, _) in leaves.items()}
-    most_bytes = {name: _read_bytes(leaf, config.dtype) for name, (_, leaf) in leaves.items()}
-    yield OpenFolder(path, config, model, places, most_bytes, num_cast)
+    if arrays is None:
+        places = {name: keys for name, (keys, _) in leaves.items()}
+        most_bytes = {name: _read_bytes(leaf, config.dtype) for name, (_, leaf) in leaves.items()}
+        yield OpenFolder(path, config, model, num_cast, names=places, most_bytes=most_bytes)
+        return
+    for name, array in arrays.items():
+        with _naming(path, f"parameter {name!r}"):
+            array.check()
+    with PlainReader() as reader:
+        plain = ReadAhead(lambda name: reader.begin(arrays[name]), lambda name: arrays[name].num_bytes)
+        yield OpenFolder(path, config, model, num_cast, plain=plain)
+
+
+def _plain_arrays(path: Path) -> dict[str, PlainArray] | None:
+    """Return every array of a checkpoint whose arrays are all plain files, by our path; None for any other.
+
+    Names are those of the tree in orbax's own metadata, which it gives the folders of arrays too.
+    """
+    if (path / DATABASE).exists() or not (path / TREE).is_file():
+        return None
+    try:
+        keys = [leaf["key_metadata"] for leaf in read_json(path / TREE)["tree_metadata"].values()]
+        names = [".".join(str(key["key"]) for key in one) for one in keys]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None  # orbax says what is wrong
+    found = {}
+    for name in names:
+        is_of_folder = Path(name).name == name and name != ".."
+        array = plain_array(path / name, checkpoint.NUMPY_DTYPES.values()) if is_of_folder else None
+        if array is None or _our_path(name) in found:
+            return None
+        found[_our_path(name)] = array
+    return found
+
+
+def _our_path(name: str) -> str:
+    return name.removesuffix(".value")  # of an nnx.State, is no part of it
 
 
 def _read_bytes(leaf: Any, dtype: str) -> int:
@@ -180,13 +241,17 @@ def load(
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with open_folder(Path(folder), dtype, max_model_len=max_model_len) as opened:
 
+        names = list(parameter_specs(opened.model))
+        group_size = 1 if opened.plain is not None or put is not None else max(1, -(-len(names) // GROUPS))
+        if opened.plain is not None:
+            are_kept = put is None and sharding is None and is_used_in_place() and not opened.num_cast
+            opened.plain.expect(names, are_kept=are_kept)
+
         def draw() -> Iterator[tuple[str, Any]]:
-            names = list(parameter_specs(opened.model))
-            group_size = 1 if put is not None else max(1, -(-len(names) // GROUPS))
             with tqdm(total=len(names), unit="tensor", desc="weights", disable=not show_progress) as bar:
                 for start in range(0, len(names), group_size):
                     group = names[start : start + group_size]
-                    if put is not None:
+                    if opened.plain is not None or put is not None:
                         yield group[0], opened.read(group[0])
                     else:
                         yield from zip(
@@ -194,11 +259,14 @@ def load(
                         )
                     bar.update(len(group))
 
-        return opened.config, fill(opened.model, draw(), put=put or place)
+        def spread(path: str, array: jax.Array | np.ndarray) -> jax.Array:
+            return place(path, array) if sharding is None else jax.device_put(array, sharding(path))
+
+        return opened.config, fill(opened.model, draw(), put=put or spread)
 
 
 def _leaves(path: Path) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Return each array's keys in the tree and its metadata, by our path; `.value` of an nnx.State is no part of it."""
+    """Return each array's keys in the tree and its metadata, by our path."""
     ocp = _import()
     if not path.is_dir():
         raise ValueError(f"{path}: not there: an Orbax folder has its checkpoint in {SUBFOLDER}/; convert it again")
@@ -212,7 +280,10 @@ def _leaves(path: Path) -> dict[str, tuple[tuple[str, ...], Any]]:
         names = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(f"{path}: {'.'.join(names)!r} is no array: only parameters can be loaded")
-        leaves[".".join(names).removesuffix(".value")] = (names, leaf)
+        ours = _our_path(".".join(names))
+        if ours in leaves:
+            raise ValueError(f"{path}: parameter {ours!r} is there twice, with and without 'value': take one out")
+        leaves[ours] = (names, leaf)
     return leaves
 
 

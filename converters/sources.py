@@ -74,7 +74,7 @@ def open_source(folder: Path, dtype: str | None) -> Iterator[Source]:
         with orbax.open_folder(folder, dtype) as stored:
             yield Source(
                 folder=folder, format=ORBAX, config=stored.config, read=stored.read, view=lambda path: None,
-                num_tensors=len(stored.names), changes={"cast": stored.num_cast},
+                num_tensors=len(parameter_specs(stored.model)), changes={"cast": stored.num_cast},
                 companions=checkpoint.companions_of(folder),
             )  # fmt: skip
 

@@ -29,9 +29,10 @@ from jaxpaged.engine.turn import Turn
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import GenerationDefaults, ModelConfig
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parameters import parameter_axes, parameter_specs
+from jaxpaged.models.parameters import parameter_specs
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.parallel import cut_over
 from jaxpaged.runner.shapes import (
     RunnerShapes,
     memory_plan,
@@ -497,7 +498,7 @@ def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     itemsize = jnp.dtype(model_config.dtype).itemsize
     model = build_abstract(model_config)
-    cut = Cut(config.tensor_parallel_size, model_config.num_kv_heads, parameter_axes(model))
+    cut = cut_over(config.tensor_parallel_size, model)
     specs = parameter_specs(model)
     weight_bytes = sum(math.prod(cut.part_shape(path, spec.shape)) * itemsize for path, spec in specs.items())
     plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)

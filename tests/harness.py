@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpaged.config import EngineConfig
@@ -13,12 +12,14 @@ from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.models.config import ModelConfig
-from jaxpaged.models.parameters import fill, parameter_arrays, parameter_axes
+from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.parameters import fill, parameter_arrays
 from jaxpaged.models.random_model import random_model
 from jaxpaged.models.registry import build_abstract
+from jaxpaged.runner.parallel import cut_over
 from jaxpaged.runner.shapes import memory_plan, resolve_shapes
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
-from jaxpaged.sharding import Cut, Placement, make_mesh
+from jaxpaged.sharding import Placement, make_mesh
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -56,14 +57,14 @@ class Run:
         ]
 
 
-def tiny_model(seed: int = 0, **changes: Any) -> tuple[nnx.Module, ModelConfig]:
+def tiny_model(seed: int = 0, **changes: Any) -> tuple[Decoder, ModelConfig]:
     """A model of random weights, and its facts."""
     config = ModelConfig(**{**TINY.__dict__, **changes})
     return random_model(config, seed), config
 
 
 def make_engine(
-    model: tuple[nnx.Module, ModelConfig], tokenizer: Any = None, logits_processors: Any = None, **options: Any
+    model: tuple[Decoder, ModelConfig], tokenizer: Any = None, logits_processors: Any = None, **options: Any
 ) -> Engine:
     """An engine with small defaults; `options` are those of EngineConfig."""
     module, model_config = model
@@ -80,17 +81,17 @@ def make_engine(
     plan = memory_plan(config, model_config, shapes, weight_bytes=0, dtype=model_config.dtype)
     mesh = make_mesh(config.tensor_parallel_size)
     if mesh is not None:
-        module = on_mesh(module, model_config, mesh)
+        module = on_mesh(module, mesh)
     return Engine(
         module, model_config, config, shapes, plan, tokenizer=tokenizer, mesh=mesh,
         logits_processors=logits_processors,
     )
 
 
-def on_mesh(module: nnx.Module, model_config: ModelConfig, mesh: Mesh) -> nnx.Module:
+def on_mesh(module: Decoder, mesh: Mesh) -> Decoder:
     """The model spread over a mesh, as loading spreads it."""
-    cut = Cut(mesh.size, model_config.num_kv_heads, parameter_axes(module))
-    return fill(build_abstract(model_config), parameter_arrays(module), put=Placement(mesh, cut).put)
+    put = Placement(mesh, cut_over(mesh.size, module)).put
+    return fill(build_abstract(module.config), parameter_arrays(module), put=put)
 
 
 def finish(engine: Engine) -> dict[str, RequestOutput]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensor_parallel_worker import MODELS
+from tensor_parallel_worker import CASES
 
 from jaxpaged import LLM
 from jaxpaged.sharding import Cut, cut_heads, make_mesh
@@ -58,7 +58,7 @@ def test_more_devices_than_there_are_is_one_error_with_the_remedy() -> None:
 def given() -> dict[str, dict[str, Any]]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     worker = subprocess.run(
-        [sys.executable, str(TESTS / "tensor_parallel_worker.py"), *MODELS],
+        [sys.executable, str(TESTS / "tensor_parallel_worker.py"), *CASES],
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"},
         capture_output=True,
         text=True,
@@ -68,17 +68,20 @@ def given() -> dict[str, dict[str, Any]]:
     return json.loads(worker.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("num_devices", ["4", "8"])
-@pytest.mark.parametrize("case", MODELS)
-def test_several_devices_give_the_tokens_of_one(given, case: str, num_devices: str) -> None:
-    one, several = given[case]["1"], given[case][num_devices]
-    assert several["num_devices_of_cache"] == int(num_devices)
+@pytest.mark.parametrize(
+    ("case", "num_devices"), [(case, num_devices) for case, (_, counts) in CASES.items() for num_devices in counts]
+)
+def test_several_devices_give_the_tokens_of_one(given, case: str, num_devices: int) -> None:
+    one, several = given[case]["1"], given[case][str(num_devices)]
+    model = CASES[case][0]
+    assert several["num_devices_of_cache"] == num_devices
     assert several["num_swapped_out_blocks"] > 0, "blocks went to the host and came back"
+    assert len(set(several["token_ids"][0][0])) > 2, "no model that repeats itself, whatever it computes"
+    assert set(several["windows_of_cache"]) == set(model.get("windows", [None])), "windowed layers are in groups"
     assert several["token_ids"] == one["token_ids"]
     for a, b in zip(_flat(one["logprobs"]), _flat(several["logprobs"]), strict=True):
         assert abs(a - b) < 1e-4, "sums in another order"
-    num_kv_heads = MODELS[case]["num_kv_heads"]
-    parts = min(int(num_devices), num_kv_heads)
+    parts = min(num_devices, model["num_kv_heads"])
     assert several["bytes_of_cache"] * parts == one["bytes_of_cache"], "each device has its own heads only"
 
 

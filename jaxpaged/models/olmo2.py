@@ -3,19 +3,14 @@
 from jaxpaged.layers.decoder_layer import DecoderLayer
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.parts import attention, equal_ropes, gated_mlp, rms_norm
+from jaxpaged.models.parts import attention, equal_ropes, gated_mlp, norms_of_all_heads, rms_norm
 
 
 def olmo2(config: ModelConfig, *, max_model_len: int | None = None) -> Decoder:
     """Return the decoder, for sequences of up to `max_model_len` tokens."""
     layers = [
         DecoderLayer(
-            attention=attention(
-                config,
-                layer,
-                query_norm=rms_norm(config, config.num_q_heads * config.head_dim, axis="q_heads"),
-                key_norm=rms_norm(config, config.num_kv_heads * config.head_dim, axis="kv_heads"),
-            ),
+            attention=attention(config, layer, **norms_of_all_heads(config)),
             mlp=gated_mlp(config),
             attention_norm=None,
             mlp_norm=None,

@@ -68,6 +68,14 @@ def rms_norm(
     return RMSNorm(dim, eps=config.norm_eps, dtype=config.dtype, offset=offset, axis=axis)
 
 
+def norms_of_all_heads(config: ModelConfig) -> dict[str, RMSNorm]:
+    """Return norms of whole queries and keys, each over all heads together, as arguments of `attention`."""
+    return {
+        "query_norm": rms_norm(config, config.num_q_heads * config.head_dim, axis="q_heads"),
+        "key_norm": rms_norm(config, config.num_kv_heads * config.head_dim, axis="kv_heads"),
+    }
+
+
 def layer_norm(config: ModelConfig, *, is_affine: bool = True) -> LayerNorm:
     return LayerNorm(config.model_dim, eps=config.norm_eps, dtype=config.dtype, is_affine=is_affine)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,14 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from jaxpaged.models.data_file import DataFile, aligned_empty, num_readers
 from jaxpaged.models.parameters import shown_names
+from jaxpaged.models.read_ahead import Finish, ReadAhead
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_JSON_BYTES = 64 * 2**20
 FINITE_CHUNK = 2**20
 """Elements looked at together for NaN and infinity."""
-KEPT_AHEAD_BYTES = 256 * 2**20
-"""What may be read ahead of its turn where that costs no memory: enough that no thread waits for another."""
 COMPARED_BYTES = 16 * 2**20
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
@@ -81,9 +79,7 @@ class TensorFolder:
         self._readers = ThreadPoolExecutor(num_readers(), "weights")
         self._stack.callback(self._readers.shutdown, cancel_futures=True)
         self._files: dict[str, DataFile] = {}
-        self._expected: deque[str] = deque()
-        self._most_ahead = 0
-        self._begun: dict[str, Callable[[], np.ndarray]] = {}
+        self._ahead = ReadAhead(self._begin, lambda name: self.specs[name].num_bytes)
         self._spans: dict[str, tuple[int, int]] = {}
         """Where the data of each tensor lies in its file: start and stop, in bytes."""
         try:
@@ -107,32 +103,16 @@ class TensorFolder:
 
         ValueError, naming it, if its data cannot be read.
         """
-        finish = self._begun.pop(name, None)
-        if finish is None:
-            if self._expected and self._expected[0] == name:
-                self._expected.popleft()
-            finish = self._files[self.specs[name].file].begin([self._spans[name]])
         with self._naming_faults(name):
-            data = finish()
-        self._begin_expected()
+            data = self._ahead.read(name)
         return data.view(self.specs[name].dtype).reshape(self.specs[name].shape)
 
     def expect(self, names: Iterable[str], *, are_kept: bool = False) -> None:
-        """Let `read` begin with the tensors that will be read next, while the one before is used.
+        """Let `read` begin with the tensors that will be read next, while the one before is used (see `ReadAhead`)."""
+        self._ahead.expect(names, are_kept=are_kept)
 
-        `names` is the order in which they will be read. What is begun before its turn takes half the memory of the
-        largest of them at most; more where `are_kept`: where the arrays become the parameters, it will be taken anyway.
-        """
-        self._expected = deque(names)
-        half = max((self.specs[name].num_bytes for name in self._expected), default=0) // 2
-        self._most_ahead = max(half, KEPT_AHEAD_BYTES) if are_kept else half
-
-    def _begin_expected(self) -> None:
-        ahead = sum(self.specs[name].num_bytes for name in self._begun)
-        while self._expected and ahead + self.specs[self._expected[0]].num_bytes <= self._most_ahead:
-            name = self._expected.popleft()
-            ahead += self.specs[name].num_bytes
-            self._begun[name] = self._files[self.specs[name].file].begin([self._spans[name]])
+    def _begin(self, name: str) -> Finish:
+        return self._files[self.specs[name].file].begin([self._spans[name]])
 
     def read_ranges(self, name: str, axis: int, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
         """Return a copy of the tensor's entries from start to stop of each range along an axis.

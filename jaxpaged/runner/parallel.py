@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import parameter_axes, parameter_specs
 from jaxpaged.sharding import Cut, cut_dimension, over_devices, spec_of
 from pallas_kernels import KVLayout
@@ -39,9 +40,14 @@ def parallel_over(mesh: Mesh, model: nnx.Module, layout: KVLayout, num_caches: i
     return Parallel(mesh, leaves, layer_cache, num_caches)
 
 
-def parameter_shapes(mesh: Mesh, model: nnx.Module, num_kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
+def cut_over(num_devices: int, model: Decoder) -> Cut:
+    """How the parameters of `model`, abstract or filled, are cut over so many devices."""
+    return Cut(num_devices, model.config.num_kv_heads, parameter_axes(model))
+
+
+def parameter_shapes(mesh: Mesh, model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of an abstract model as they lie on the mesh, by path."""
-    cut = Cut(mesh.size, num_kv_heads, parameter_axes(model))
+    cut = cut_over(mesh.size, model)
     return {
         path: jax.ShapeDtypeStruct(cut.whole_shape(path, spec.shape), spec.dtype, sharding=cut.sharding(mesh, path))
         for path, spec in parameter_specs(model).items()

@@ -140,7 +140,7 @@ def abstract_step(
     parallel = None
     if mesh is not None:
         everywhere = whole(mesh)
-        weights = tuple(parameter_shapes(mesh, model, model_config.num_kv_heads).values())
+        weights = tuple(parameter_shapes(mesh, model).values())
         parallel = parallel_over(mesh, model, shapes.layout, shapes.groups.size)
         kv = cache_shapes(parallel, shapes.layout, num_blocks)
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 import converters.orbax as orbax
 from converters import convert, from_state, load
 from converters.__main__ import main
+from converters.formats import read_config
 from jaxpaged.models import checkpoint
 from jaxpaged.models.new_folder import remove_dead_partials
 from jaxpaged.models.parameters import parameter_arrays
@@ -136,6 +137,30 @@ def test_a_state_that_a_trainer_saved_itself_is_read_too(native, folder):
     assert_equal_models(load(folder)[1], model)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}, {"use_compression": False}])
+def test_a_tree_that_a_trainer_saved_in_any_of_orbax_ways_is_read(native, folder, options):
+    config, model = checkpoint.load(native)
+    shutil.rmtree(folder / "orbax")
+    ocp.PyTreeCheckpointer(**options).save(folder / "orbax", nnx.to_pure_dict(nnx.state(model)))
+    with orbax.open_folder(folder, None) as opened:
+        assert opened.plain is None
+    assert_equal_models(load(folder)[1], model)
+
+
+def test_a_trainers_plain_files_are_read_without_orbax(native, folder):
+    """Chunks that are columns, and keys that end in `value`."""
+    _, model = checkpoint.load(native)
+    shutil.rmtree(folder / "orbax")
+    tree = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    options = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=leaf.nbytes // 2), tree)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)) as checkpointer:
+        checkpointer.save(folder / "orbax", ocp.args.PyTreeSave(tree, save_args=options))
+    with orbax.open_folder(folder, None) as opened:
+        assert opened.plain is not None
+        assert len(list((folder / "orbax").glob("layers.0.mlp.down.kernel.value/0.?"))) == 2
+    assert_equal_models(load(folder)[1], model)
+
+
 def test_orbax_reads_our_folder_as_a_tree_of_arrays(native, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(folder / "orbax")
@@ -216,7 +241,9 @@ def rebuild(change):
 
 
 def data_files(folder: Path) -> list[Path]:
-    return sorted((path for path in (folder / "orbax").rglob("d/*")), key=lambda path: path.stat().st_size)
+    """The files of weights, in order of size: chunks, or those of orbax's database."""
+    found = [path for path in (folder / "orbax").rglob("*") if path.name[0].isdigit() or path.parent.name == "d"]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def truncate(folder: Path) -> None:
@@ -240,6 +267,10 @@ FAULTS = {
     "extra": (rebuild(lambda tree: tree.update({("surprise",): np.ones(2, np.float32)})), "does not have: surprise"),
     "shape": (rebuild(lambda tree: tree.update({NORM: np.ones(3, np.float32)})), "'norm.scale' has shape [3]"),
     "type": (rebuild(lambda tree: tree.update({NORM: np.ones(32, np.int32)})), "'norm.scale' has element type int32"),
+    "twice": (
+        rebuild(lambda tree: tree.update({NORM: {"value": tree[NORM]}, ("norm.scale",): tree[NORM]})),
+        "'norm.scale' is there twice",
+    ),
     "scalar": (rebuild(lambda tree: tree.update({NORM: 1.5})), "norm.scale"),
 }  # fmt: skip
 
@@ -259,7 +290,17 @@ def test_a_fault_is_refused_by_name_and_leaves_nothing_behind(folder, capsys, fa
 
 
 @pytest.mark.parametrize("damage", [no_data, truncate])
-def test_damaged_data_is_refused_by_name_and_leaves_nothing_behind(folder, damage):
+def test_a_chunk_that_is_not_whole_is_refused_by_name_before_any_is_read(folder, damage):
+    size = data_files(folder)[-1].stat().st_size
+    damage(folder)
+    said = "is not there" if damage is no_data else f"has {size // 2} bytes and must have {size}"
+    with pytest.raises(ValueError, match=f"parameter 'embedding.table' .*embedding.table/0.0: {said}: copy"):
+        read_config(folder, None)
+
+
+@pytest.mark.parametrize("damage", [no_data, truncate])
+def test_a_trainers_damaged_data_is_refused_by_name_and_leaves_nothing_behind(native, folder, damage):
+    rebuild(lambda tree: None)(folder)
     damage(folder)
     # in a process of its own: where reading fails, orbax leaves coroutines that complain when they are collected
     done = subprocess.run(
