@@ -108,7 +108,7 @@ class Engine:
             clock=time.perf_counter,
         )
         if tokenizer is not None:
-            self.scheduler.find_stop_string = partial(find_stop_string, tokenizer)
+            self.scheduler.searches.find_stop_string = partial(find_stop_string, tokenizer)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._grammars = Grammars(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._seeds = random.Random(engine_config.seed)

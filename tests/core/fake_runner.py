@@ -217,7 +217,8 @@ class Loop:
 
     def __init__(self, scheduler: Scheduler, *, num_ahead: int = 1) -> None:
         self.scheduler = scheduler
-        scheduler.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
+        searches = scheduler.searches
+        searches.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
         self.nonfinite: set[tuple[str, int]] = set()
         self.runner = FakeRunner(scheduler, self.nonfinite)
         self.num_ahead = num_ahead
