@@ -97,10 +97,13 @@ class Scheduler:
         return group
 
     def abort(self, request_id: str) -> bool:
-        """End the request now; False if no such request lives."""
+        """End the request now, with what it has; False if no such request lives."""
         group = self._groups.get(request_id)
         if group is None:
             return False
+        if group.request.beams is not None:
+            self._close_search(group, is_aborted=True)
+            return True
         for sequence in group.unfinished:
             self.finish(sequence, FinishReason.ABORT)
         return True
@@ -549,18 +552,18 @@ class Scheduler:
 
     def _end_search(self, group: SequenceGroup, events: StepEvents) -> None:
         """End a request whose search is over; one that found nothing (all was banned) in an error."""
-        status = group.sequences[0].status
-        event = self.searches.close(group)
-        if event is None:
+        if not self._close_search(group):
             for sequence in group.unfinished:
                 self._end(group, sequence, FinishReason.ERROR, NO_CONTINUATION)
-                events.finished.append(sequence)
-            return
-        best = group.sequences[0]
-        assert best.finish_reason is not None
-        self._end_group(group, status, best.finish_reason)
         events.finished.extend(group.sequences)
-        events.searches.append(event)
+
+    def _close_search(self, group: SequenceGroup, *, is_aborted: bool = False) -> bool:
+        """End a request with the hypotheses that its search has found; False, and nothing done, if there are none."""
+        status = group.sequences[0].status
+        reason = self.searches.close(group, is_aborted=is_aborted)
+        if reason is not None:
+            self._end_group(group, status, reason)
+        return reason is not None
 
     def _report_prompt_logprobs(self, group: SequenceGroup, result: SequenceOutput, events: StepEvents) -> None:
         request_id = group.request.request_id

@@ -7,7 +7,6 @@ from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
 from jaxpaged.core.scheduler_output import Candidate
 from jaxpaged.core.sequences import Sequences
-from jaxpaged.core.step_events import SearchEvent
 
 
 class Searches:
@@ -65,6 +64,8 @@ class Searches:
         parents = {continuation.parent for continuation in live}
         for sequence in group.sequences:
             if sequence not in parents:
+                # what it has computed may still be the prefix of somebody's prompt
+                self._block_manager.commit(sequence, sequence.num_computed_tokens)
                 self._sequences.drop(sequence)  # before rows are taken for others
         beams: dict[Sequence, Beam] = {}
         for rank, (parent, _, beam) in enumerate(live):
@@ -100,9 +101,13 @@ class Searches:
             return FinishReason.LENGTH, None
         return None
 
-    def close(self, group: SequenceGroup) -> SearchEvent | None:
-        """Drop the beams; the group's sequences become the hypotheses found. None, and nothing done, without any."""
-        found = self._of_request[group.request.request_id].finished
+    def close(self, group: SequenceGroup, *, is_aborted: bool = False) -> FinishReason | None:
+        """Drop the beams; the group's sequences become the hypotheses found, and why the search ended is returned.
+
+        None, and nothing done, without any hypothesis. One that is aborted gives the best so far.
+        """
+        search = self._of_request[group.request.request_id]
+        found = search.best_so_far() if is_aborted else search.finished
         if not found:
             return None
         for sequence in group.sequences:
@@ -112,14 +117,16 @@ class Searches:
         for rank, hypothesis in enumerate(found):
             sequence = self._sequences.create_ended(group.request, rank, hypothesis.token_ids)
             sequence.finish_reason, sequence.stop_reason = hypothesis.finish_reason, hypothesis.stop_reason
-            sequence.cumulative_logprob, sequence.score = hypothesis.beam.cumulative_logprob, hypothesis.score
+            self._tell(sequence, hypothesis.beam, hypothesis.score)
             group.sequences.append(sequence)
-        return SearchEvent(group, tuple(hypothesis.logprobs for hypothesis in found))
+        return FinishReason.ABORT if is_aborted else found[0].finish_reason
 
     def score(self, sequence: Sequence) -> None:
         """Tell a beam that ends before its search what it is worth; for other sequences nothing is done."""
         search = self._of_request.get(sequence.request.request_id)
         if search is not None:
             beam = search.beams[sequence]
-            sequence.cumulative_logprob = beam.cumulative_logprob
-            sequence.score = search.score(beam.cumulative_logprob, max(sequence.num_output_tokens, 1))
+            self._tell(sequence, beam, search.score(beam.cumulative_logprob, sequence.num_output_tokens))
+
+    def _tell(self, sequence: Sequence, beam: Beam, score: float) -> None:
+        sequence.cumulative_logprob, sequence.score, sequence.logprobs = beam.cumulative_logprob, score, beam.logprobs
