@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from beam_goldens import CASES, MAX_TOKENS, MODELS, PROMPTS, STOP_TOKENS, compute, read, write_model
-from harness import Run, make_engine, random_prompts, run, tiny_model
+from harness import Run, drain, make_engine, random_prompts, run, tiny_model
 
 from converters import load_huggingface
 from jaxpaged import LLM
@@ -261,20 +261,29 @@ def test_what_does_not_fit_this_engine_is_refused_before_it_waits(model) -> None
     assert not engine.has_unfinished
 
 
-def test_a_search_can_be_aborted_and_gives_its_blocks_back(model) -> None:
-    engine = make_engine(model)
-    request_id = engine.add_request([1, 2, 3], beams(4, max_tokens=50, stop_token_ids=None))
-    for _ in range(8):
+@pytest.mark.parametrize(("num_steps", "stops"), [(0, None), (1, None), (8, None), (8, [*range(0, 199, 3)])])
+def test_an_aborted_search_gives_the_best_so_far_and_its_blocks_back(model, num_steps, stops) -> None:
+    engine = make_engine(model, run_ahead=False)
+    params = beams(4, max_tokens=50, stop_token_ids=None, logprobs=0, length_penalty=0.5)
+    if stops:  # so many stop tokens that some hypotheses are finished by now
+        params = beams(4, max_tokens=50, stop_token_ids=stops[:60], logprobs=0, length_penalty=2.0)
+    request_id = engine.add_request([1, 2, 3], params)
+    for _ in range(num_steps):
         engine.step()
     assert engine.abort(request_id)
     (output,) = engine.step()
-    assert [completion.finish_reason for completion in output.outputs] == ["abort"] * 4
+    assert len(output.outputs) == (4 if num_steps else 1)
+    assert {completion.finish_reason for completion in output.outputs} == ({"abort", "stop"} if stops else {"abort"})
     scores = [completion.score for completion in output.outputs]
     assert scores == sorted(scores, reverse=True)
-    while engine.step():
-        pass
-    engine.scheduler.check()
-    assert engine.stats().num_used_blocks == 0
+    for completion in output.outputs:
+        length = len(completion.token_ids)
+        assert length == num_steps or completion.finish_reason == "stop"
+        assert [entry.token_id for entry in completion.logprobs] == list(completion.token_ids)
+        total = math.fsum(entry.logprob for entry in completion.logprobs)
+        assert completion.cumulative_logprob == pytest.approx(total, abs=1e-5)
+        assert completion.score == pytest.approx(total / max(length, 1) ** params.length_penalty, abs=1e-5)
+    drain(engine)
 
 
 def test_weights_that_are_not_finite_end_the_search_in_an_error(model) -> None:

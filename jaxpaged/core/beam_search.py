@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxpaged.core.request import BeamSettings, FinishReason, Sequence
-from jaxpaged.core.scheduler_output import Candidate, TokenLogprobs
+from jaxpaged.core.request import BeamSettings, FinishReason, Sequence, TokenLogprobs
+from jaxpaged.core.scheduler_output import Candidate
 
 
 class Entry(NamedTuple):
@@ -23,10 +23,20 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """One hypothesis while it lives."""
+    """What a hypothesis is worth so far, and its output tokens' log-probabilities."""
 
     cumulative_logprob: float = 0.0
     last: Entry | None = None
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of each output token, where the request asked for them."""
+        entries, entry = [], self.last
+        while entry is not None:
+            if entry.logprobs is not None:
+                entries.append(entry.logprobs)
+            entry = entry.before
+        return tuple(reversed(entries))
 
 
 class Continuation(NamedTuple):
@@ -39,7 +49,7 @@ class Continuation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A finished one."""
+    """One that is given back."""
 
     token_ids: tuple[int, ...]
     """Prompt and output."""
@@ -47,16 +57,6 @@ class Hypothesis:
     score: float
     finish_reason: FinishReason
     stop_reason: int | str | None
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Of each output token, where the request asked for them."""
-        entries, entry = [], self.beam.last
-        while entry is not None:
-            if entry.logprobs is not None:
-                entries.append(entry.logprobs)
-            entry = entry.before
-        return tuple(reversed(entries))
 
 
 StopCheck = Callable[[Continuation], tuple[FinishReason, int | str | None] | None]
@@ -111,6 +111,8 @@ class BeamSearch:
         has_valid = False
         is_full = settings.early_stopping and len(self.finished) == settings.width
         for place, continuation in enumerate(continuations):
+            if place >= settings.width and len(live) == settings.width:
+                break  # none of the others is of any use
             stop = is_stop(continuation)
             if stop is None:
                 has_valid = True
@@ -128,9 +130,18 @@ class BeamSearch:
         is_over = not has_valid or not self.can_improve or (settings.early_stopping and is_full)
         return [] if is_over else live
 
+    def best_so_far(self) -> list[Hypothesis]:
+        """At most `width` of what is finished and what lives, best first, as if the search were cut off here."""
+        live = []
+        for sequence, beam in self.beams.items():
+            score = self.score(beam.cumulative_logprob, sequence.num_output_tokens)
+            live.append(Hypothesis(tuple(sequence.token_ids), beam, score, FinishReason.ABORT, None))
+        merged = sorted([*self.finished, *live], key=lambda hypothesis: -hypothesis.score)
+        return merged[: self.settings.width]
+
     def score(self, cumulative_logprob: float, num_outputs: int) -> float:
-        """What a hypothesis of that many tokens is worth."""
-        return cumulative_logprob / num_outputs**self.settings.length_penalty
+        """What a hypothesis of that many tokens is worth; one without any (cut off before its first) as one of one."""
+        return cumulative_logprob / max(num_outputs, 1) ** self.settings.length_penalty
 
     def _hypothesis(
         self, continuation: Continuation, num_outputs: int, reason: FinishReason, stop_reason: int | str | None

@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxpaged.sampling_params import SamplingParams
 
@@ -18,6 +19,17 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of the token that stands there, and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), most likely first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +109,8 @@ class Sequence:
     """Of an ended beam."""
     score: float | None = None
     """Of an ended beam: the former, length-penalised."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of an ended beam, one entry a token where the request asked for logprobs."""
 
     @property
     def num_tokens(self) -> int:

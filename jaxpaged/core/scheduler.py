@@ -1,19 +1,18 @@
 """Which tokens go through the model in the next step, and what the step's results mean for their requests."""
 
-import heapq
-import itertools
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as ListLike
 
 from jaxpaged.core.admission import AdmissionGate, SchedulerLimits, check_fits
-from jaxpaged.core.beam_search import Beam, BeamSearch, Continuation
 from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.group_queue import GroupQueue, Order, first_come_first_served
 from jaxpaged.core.preemption import Preemption, PreemptionCosts, is_to_swap, num_common_blocks
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.core.scheduler_output import RunnerOutput, ScheduledSequence, SchedulerOutput, SequenceOutput
-from jaxpaged.core.step_events import PromptLogprobsEvent, SchedulerCounts, SearchEvent, StepEvents, TokenEvent
+from jaxpaged.core.searches import Searches
+from jaxpaged.core.sequences import Sequences
+from jaxpaged.core.step_events import PromptLogprobsEvent, SchedulerCounts, StepEvents, TokenEvent
 from jaxpaged.core.step_plan import StepPlan, num_logit_rows, plan_sequence
 
 WATERMARK_DIVISOR = 100
@@ -71,18 +70,12 @@ class Scheduler:
         self._swapped = GroupQueue(order)
         self._num_accepted = 0
         self._num_finished = dict.fromkeys(FinishReason, 0)
-        self._sequence_ids = itertools.count()
-        self._rows = list(range(max_num_seqs))
-        """Free rows, a heap: low rows first keep the batch dense."""
+        self._sequences = Sequences(block_manager, max_num_seqs)
+        self.searches = Searches(block_manager, self._sequences, max_model_len)
         self._num_unreserved_rows = max_num_seqs
         """Free rows that are not kept for the samples of a group whose prompt is still computed."""
         self._awaiting_fork: set[SequenceGroup] = set()
         """Their n first tokens were scheduled and are not known yet."""
-        self._searches: dict[str, BeamSearch] = {}
-        """Of the live requests with beams."""
-        self.find_stop_string: Callable[[Request, list[int]], str | None] | None = None
-        """Set by an engine that knows text: the stop string that these output tokens end in, of a request with beams
-        and stop strings."""
         self.gate: AdmissionGate | None = None
         """A further condition of admission, for experiments: set it while no request lives."""
         self._num_prompt_logprobs: dict[str, int] = {}
@@ -97,20 +90,22 @@ class Scheduler:
         if request.request_id in self._groups:
             raise ValueError(f"request id {request.request_id!r} is in use: choose another, or abort it first")
         check_fits(request, self.limits, self.block_manager.device.num_usable, self.block_manager.layout)
-        sequence = Sequence(next(self._sequence_ids), request, 0, list(request.prompt_token_ids))
+        sequence = self._sequences.create(request)
         group = SequenceGroup(request, [sequence])
         self._groups[request.request_id] = group
-        if request.beams is not None:
-            self._searches[request.request_id] = BeamSearch(request.beams, {sequence: Beam()})
+        self.searches.start(sequence)
         self._waiting.add(group)
         self._num_accepted += 1
         return group
 
     def abort(self, request_id: str) -> bool:
-        """End the request now; False if no such request lives."""
+        """End the request now, with what it has; False if no such request lives."""
         group = self._groups.get(request_id)
         if group is None:
             return False
+        if group.request.beams is not None:
+            self._close_search(group, is_aborted=True)
+            return True
         for sequence in group.unfinished:
             self.finish(sequence, FinishReason.ABORT)
         return True
@@ -129,24 +124,12 @@ class Scheduler:
         status = sequence.status
         if status is SequenceStatus.RUNNING and group.request.beams is None:
             self._num_unreserved_rows += 1 if group.is_forked else group.request.params.n
-        search = self._searches.get(group.request.request_id)
-        if search is not None:
-            beam = search.beams[sequence]
-            sequence.cumulative_logprob = beam.cumulative_logprob
-            sequence.score = search.score(beam.cumulative_logprob, max(sequence.num_output_tokens, 1))
-        self._drop(sequence)
+        self.searches.score(sequence)
+        self._sequences.drop(sequence)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         if group.is_finished:
             self._end_group(group, status, reason)
-
-    def _drop(self, sequence: Sequence) -> None:
-        """Its blocks and its row are free again."""
-        self.block_manager.retire(sequence)
-        if sequence.status is SequenceStatus.RUNNING:
-            self._return_row(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        sequence.num_pending_tokens = 0
 
     def _end_group(self, group: SequenceGroup, status: SequenceStatus, reason: FinishReason) -> None:
         """Forget a group whose last sequence ended; `status` is what it had."""
@@ -158,7 +141,7 @@ class Scheduler:
             self.gate.leave(group)
         self._awaiting_fork.discard(group)
         self._num_prompt_logprobs.pop(request.request_id, None)
-        self._searches.pop(request.request_id, None)
+        self.searches.forget(request.request_id)
         del self._groups[request.request_id]
         self._num_finished[reason] += 1
 
@@ -297,9 +280,11 @@ class Scheduler:
 
     def _is_awaited(self, group: SequenceGroup) -> bool:
         """Whether a step in flight will still add tokens to it; a group does not come back before that."""
-        if group.request.beams is not None and self._searches[group.request.request_id].awaited:
-            return True
-        return group in self._awaiting_fork or any(sequence.num_pending_tokens for sequence in group.unfinished)
+        return (
+            group in self._awaiting_fork
+            or any(sequence.num_pending_tokens for sequence in group.unfinished)
+            or self.searches.is_awaited(group.request.request_id)
+        )
 
     def _is_next_block_computed(self, group: SequenceGroup, leader: Sequence, index: int, step: StepPlan) -> bool:
         """Whether this very step computes, for another, the block the group needs next: worth a step of waiting."""
@@ -339,13 +324,8 @@ class Scheduler:
         self._num_unreserved_rows -= self._num_rows(group)
         for sequence in group.unfinished:
             sequence.status = SequenceStatus.RUNNING
-            sequence.row = heapq.heappop(self._rows)
+            self._sequences.take_row(sequence)
         self._running.add(group)
-
-    def _return_row(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
-        heapq.heappush(self._rows, sequence.row)
-        sequence.row = None
 
     # -- the share of one group in a step
 
@@ -417,7 +397,7 @@ class Scheduler:
             end = start + num_new
             sequence.num_computed_tokens = end
             if num_samples and group.request.beams is not None:
-                self._searches[group.request.request_id].awaited.add(sequence)
+                self.searches.expect(sequence)
             elif num_samples == 1 and (group.is_forked or group.request.params.n == 1):
                 sequence.num_pending_tokens += 1
             elif num_samples:
@@ -462,7 +442,7 @@ class Scheduler:
         for sequence in group.unfinished:
             sequence.num_preemptions += 1
             sequence.epoch += 1
-            self._return_row(sequence)
+            self._sequences.return_row(sequence)
 
     def _recompute(self, group: SequenceGroup) -> None:
         """Back to the waiting ones without a block; tokens still pending are appended when they come."""
@@ -502,7 +482,7 @@ class Scheduler:
                 sequence = item.sequence
                 group = self._groups[sequence.request.request_id]
                 if group.request.beams is not None:
-                    self._searches[group.request.request_id].awaited.discard(sequence)
+                    self.searches.expect_no_more(sequence)
                 elif group.is_forked or group.request.params.n == 1:
                     sequence.num_pending_tokens -= item.num_samples
                 elif item.num_samples:
@@ -535,9 +515,8 @@ class Scheduler:
             if not item.num_samples:
                 continue
             if group.request.beams is not None:
-                search = self._searches[group.request.request_id]
-                if search.collect(sequence, result.candidates):
-                    self._advance(group, search, events)
+                if self.searches.collect(sequence, result.candidates) and not self.searches.advance(group):
+                    self._end_search(group, events)
                 continue
             if not group.is_forked:
                 if group.request.params.n > 1:
@@ -572,100 +551,25 @@ class Scheduler:
         self._awaiting_fork.discard(group)
         group.is_forked = True
         for sample_index in range(1, n):
-            group.sequences.append(self._child_of(parent, sample_index))
+            group.sequences.append(self._sequences.fork(parent, sample_index))
         group.num_shared_blocks += (n - 1) * len(self.block_manager.held(parent))
         for sample_index, sequence in enumerate(list(group.sequences)):
             self._append_token(group, sequence, result, sample_index, events)
 
-    def _child_of(self, parent: Sequence, sample_index: int) -> Sequence:
-        """A sequence with the parent's tokens and blocks, in the memory the parent is in."""
-        child = Sequence(
-            sequence_id=next(self._sequence_ids),
-            request=parent.request,
-            sample_index=sample_index,
-            token_ids=list(parent.token_ids),
-            num_computed_tokens=parent.num_computed_tokens,
-            status=parent.status,
-            num_preemptions=parent.num_preemptions,
-        )
-        self.block_manager.fork(parent, child)
-        if parent.status is SequenceStatus.RUNNING:
-            child.row = heapq.heappop(self._rows)  # reserved on admission
-        return child
-
-    def _advance(self, group: SequenceGroup, search: BeamSearch, events: StepEvents) -> None:
-        """One step of a beam search: beams without a continuation are dropped, those with several are forked."""
-        group.is_forked = True
-        num_outputs = group.sequences[0].num_output_tokens + 1
-        live = search.choose(search.best_continuations(), num_outputs, self._stop_of)
-        if not live:
-            self._end_search(group, search, events)
-            return
-        parents = {continuation.parent for continuation in live}
-        for sequence in group.sequences:
-            if sequence not in parents:
-                self._drop(sequence)  # before rows are taken for others
-        beams: dict[Sequence, Beam] = {}
-        for rank, (parent, _, beam) in enumerate(live):
-            child = parent
-            if parent in beams:
-                child = self._child_of(parent, rank)
-            child.sample_index = rank
-            beams[child] = beam
-        group.sequences = list(beams)
-        search.beams = beams
-        # all have forked: now tokens may be appended
-        for child, (_, token_id, _) in zip(beams, live, strict=True):
-            child.token_ids.append(token_id)
-            if group.request.bad_words_token_ids:
-                child.epoch += 1  # the device remembers another token than was chosen here
-        if len(parents) < len(live):
-            num_held = sum(len(self.block_manager.held(child)) for child in beams)
-            num_saved = num_held - self.block_manager.num_distinct_blocks(group)
-            group.num_shared_blocks = max(group.num_shared_blocks, num_saved)
-
-    def _stop_of(self, continuation: Continuation) -> tuple[FinishReason, int | str | None] | None:
-        """What ends a beam that is continued so, if anything does."""
-        parent, token_id, _ = continuation
-        request = parent.request
-        if token_id in request.stop_token_ids:
-            return FinishReason.STOP, token_id
-        if request.params.stop and self.find_stop_string is not None:
-            found = self.find_stop_string(request, [*parent.output_token_ids, token_id])
-            if found is not None:
-                return FinishReason.STOP, found
-        if parent.num_output_tokens + 1 >= request.max_tokens or len(parent.token_ids) + 1 >= self.limits.max_model_len:
-            return FinishReason.LENGTH, None
-        return None
-
-    def _end_search(self, group: SequenceGroup, search: BeamSearch, events: StepEvents) -> None:
-        """The group's sequences become what the search has found; without any (all was banned) it ends in an error."""
-        if not search.finished:
+    def _end_search(self, group: SequenceGroup, events: StepEvents) -> None:
+        """End a request whose search is over; one that found nothing (all was banned) in an error."""
+        if not self._close_search(group):
             for sequence in group.unfinished:
                 self._end(group, sequence, FinishReason.ERROR, NO_CONTINUATION)
-                events.finished.append(sequence)
-            return
-        status = group.sequences[0].status
-        for sequence in group.sequences:
-            self.block_manager.commit(sequence, sequence.num_computed_tokens)
-            self._drop(sequence)
-        group.sequences = [
-            Sequence(
-                sequence_id=next(self._sequence_ids),
-                request=group.request,
-                sample_index=rank,
-                token_ids=list(hypothesis.token_ids),
-                status=SequenceStatus.FINISHED,
-                finish_reason=hypothesis.finish_reason,
-                stop_reason=hypothesis.stop_reason,
-                cumulative_logprob=hypothesis.beam.cumulative_logprob,
-                score=hypothesis.score,
-            )
-            for rank, hypothesis in enumerate(search.finished)
-        ]
-        self._end_group(group, status, search.finished[0].finish_reason)
         events.finished.extend(group.sequences)
-        events.searches.append(SearchEvent(group, tuple(hypothesis.logprobs for hypothesis in search.finished)))
+
+    def _close_search(self, group: SequenceGroup, *, is_aborted: bool = False) -> bool:
+        """End a request with the hypotheses that its search has found; False, and nothing done, if there are none."""
+        status = group.sequences[0].status
+        reason = self.searches.close(group, is_aborted=is_aborted)
+        if reason is not None:
+            self._end_group(group, status, reason)
+        return reason is not None
 
     def _report_prompt_logprobs(self, group: SequenceGroup, result: SequenceOutput, events: StepEvents) -> None:
         request_id = group.request.request_id
@@ -722,7 +626,7 @@ class Scheduler:
         live = counts.waiting + counts.running + counts.swapped
         if live != len(self._groups) or live + sum(counts.finished.values()) != counts.accepted:
             raise RuntimeError(f"requests do not add up: {counts} with {len(self._groups)} live")
-        rows = list(self._rows)
+        rows = list(self._sequences.free_rows)
         for status in (SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.SWAPPED):
             for group in self._queue(status):
                 for sequence in group.unfinished:

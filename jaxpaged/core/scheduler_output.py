@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxpaged.core.request import Sequence
+from jaxpaged.core.request import Sequence, TokenLogprobs
 
 
 class BlockCopy(NamedTuple):
@@ -38,17 +38,6 @@ class SchedulerOutput:
     @property
     def is_empty(self) -> bool:
         return not (self.scheduled or self.swap_out or self.swap_in or self.copies)
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position: of the token that stands there, and of the most likely ones."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    """1 for the most likely token."""
-    top: tuple[tuple[int, float], ...]
-    """(token id, logprob), most likely first."""
 
 
 class Candidate(NamedTuple):

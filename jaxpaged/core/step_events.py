@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxpaged.core.request import FinishReason, Sequence, SequenceGroup
-from jaxpaged.core.scheduler_output import TokenLogprobs
+from jaxpaged.core.request import FinishReason, Sequence, SequenceGroup, TokenLogprobs
 
 
 class TokenEvent(NamedTuple):
@@ -19,13 +18,6 @@ class PromptLogprobsEvent(NamedTuple):
     logprobs: TokenLogprobs
 
 
-class SearchEvent(NamedTuple):
-    group: SequenceGroup
-    """Whose sequences are now the hypotheses, best first, all finished."""
-    logprobs: tuple[tuple[TokenLogprobs, ...], ...]
-    """Of each hypothesis, one entry a token where the request asked for logprobs."""
-
-
 @dataclass(frozen=True, slots=True)
 class StepEvents:
     """What a step's results brought, each list in the order it happened."""
@@ -34,9 +26,7 @@ class StepEvents:
     prompt_logprobs: list[PromptLogprobsEvent] = field(default_factory=list)
     """Every prompt position once, also where the prompt was computed again."""
     finished: list[Sequence] = field(default_factory=list)
-    """Sequences that ended, with their last token's event or (ERROR) without one."""
-    searches: list[SearchEvent] = field(default_factory=list)
-    """Beam searches that ended."""
+    """Sequences that ended, with their last token's event or (ERROR, and hypotheses of a beam search) without one."""
 
 
 class SchedulerCounts(NamedTuple):

@@ -14,10 +14,10 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.group_queue import by_priority, first_come_first_served
 from jaxpaged.core.preemption import PreemptionCosts
-from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
+from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup, TokenLogprobs
 from jaxpaged.core.scheduler import WATERMARK_DIVISOR, Scheduler
-from jaxpaged.core.scheduler_output import SchedulerOutput, TokenLogprobs
-from jaxpaged.core.step_events import SearchEvent, StepEvents, TokenEvent
+from jaxpaged.core.scheduler_output import SchedulerOutput
+from jaxpaged.core.step_events import StepEvents, TokenEvent
 from jaxpaged.engine.beams import beam_settings, find_stop_string, sampling_params_of
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.grammars import Grammars
@@ -108,7 +108,7 @@ class Engine:
             clock=time.perf_counter,
         )
         if tokenizer is not None:
-            self.scheduler.find_stop_string = partial(find_stop_string, tokenizer)
+            self.scheduler.searches.find_stop_string = partial(find_stop_string, tokenizer)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._grammars = Grammars(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._seeds = random.Random(engine_config.seed)
@@ -369,15 +369,6 @@ class Engine:
                 self._append(live, event, now)
             except Exception as error:  # one request's trouble is its own
                 self._end(live, f"{type(error).__name__}: {error}")
-        for search in events.searches:
-            live = self._live[search.group.request.request_id]
-            touched[live.request.request_id] = live
-            try:
-                self._append_hypotheses(live, search, now)
-            except Exception as error:  # as above, but the scheduler has done with it
-                for sequence in search.group.sequences:
-                    sequence.finish_reason = FinishReason.ERROR
-                    sequence.stop_reason = f"{type(error).__name__}: {error}"
         for sequence in events.finished:  # one that failed brings no token
             live = self._live[sequence.request.request_id]
             touched[live.request.request_id] = live
@@ -387,6 +378,8 @@ class Engine:
         outputs = []
         for request_id, live in touched.items():
             is_finished = live.group.is_finished
+            if is_finished and live.request.beams is not None:
+                self._tell_hypotheses(live, now)
             if is_finished or live.is_streamed:
                 outputs.append(self._output(live, is_finished))
             if is_finished:
@@ -434,21 +427,24 @@ class Engine:
             detokenizer = live.detokenizers[sequence.sample_index] = self._make_detokenizer(live)
         return detokenizer
 
-    def _append_hypotheses(self, live: _Live, search: SearchEvent, now: float) -> None:
-        """The texts and log-probabilities of what a beam search has found."""
-        live.first_token_s = live.first_token_s or now
-        live.last_token_s = now
-        for sequence, logprobs in zip(search.group.sequences, search.logprobs, strict=True):
-            live.logprobs[sequence.sample_index] = list(logprobs)
-            if self.tokenizer is None:
-                continue
-            detokenizer = live.detokenizers[sequence.sample_index] = self._make_detokenizer(live)
-            token_ids = sequence.output_token_ids
-            if sequence.finish_reason is FinishReason.STOP and isinstance(sequence.stop_reason, int):
-                token_ids = token_ids[:-1]  # a stop token ends the text before itself
-            for token_id in token_ids:
-                detokenizer.append(token_id)
-            detokenizer.finish()
+    def _tell_hypotheses(self, live: _Live, now: float) -> None:
+        """The texts of what an ended beam search has found; trouble with them makes an error of its end."""
+        sequences = live.group.sequences
+        if any(sequence.num_output_tokens for sequence in sequences):
+            live.first_token_s = live.last_token_s = now
+        try:
+            for sequence in sequences if self.tokenizer is not None else ():
+                detokenizer = live.detokenizers[sequence.sample_index] = self._make_detokenizer(live)
+                token_ids = sequence.output_token_ids
+                if sequence.finish_reason is FinishReason.STOP and isinstance(sequence.stop_reason, int):
+                    token_ids = token_ids[:-1]  # a stop token ends the text before itself
+                for token_id in token_ids:
+                    detokenizer.append(token_id)
+                detokenizer.finish()
+        except Exception as error:  # one request's trouble is its own, and the scheduler has done with it
+            for sequence in sequences:
+                sequence.finish_reason = FinishReason.ERROR
+                sequence.stop_reason = f"{type(error).__name__}: {error}"
 
     def _make_detokenizer(self, live: _Live) -> Detokenizer:
         assert self.tokenizer is not None
@@ -490,8 +486,9 @@ class Engine:
         logprobs = None
         cumulative_logprob = sequence.cumulative_logprob
         if live.request.params.logprobs is not None:
-            logprobs = tuple(live.logprobs.get(index, ()))
+            logprobs = sequence.logprobs
             if live.request.beams is None:
+                logprobs = tuple(live.logprobs.get(index, ()))
                 cumulative_logprob = sum(entry.logprob for entry in logprobs)
         return CompletionOutput(
             index=index,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxpaged.core.scheduler_output import TokenLogprobs
+from jaxpaged.core.request import TokenLogprobs
 
 
 class FailedRequestWarning(UserWarning):

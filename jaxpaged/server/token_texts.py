@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxpaged.core.scheduler_output import TokenLogprobs
+from jaxpaged.core.request import TokenLogprobs
 from jaxpaged.engine.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0

@@ -7,9 +7,9 @@ slots of groups without a window, and of the others those that some token of the
 from collections import deque
 from collections.abc import Callable
 
-from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
+from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup, TokenLogprobs
 from jaxpaged.core.scheduler import Scheduler
-from jaxpaged.core.scheduler_output import Candidate, RunnerOutput, SchedulerOutput, SequenceOutput, TokenLogprobs
+from jaxpaged.core.scheduler_output import Candidate, RunnerOutput, SchedulerOutput, SequenceOutput
 from jaxpaged.core.step_plan import num_logit_rows
 from jaxpaged.sampling_params import SamplingParams
 
@@ -217,7 +217,8 @@ class Loop:
 
     def __init__(self, scheduler: Scheduler, *, num_ahead: int = 1) -> None:
         self.scheduler = scheduler
-        scheduler.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
+        searches = scheduler.searches
+        searches.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
         self.nonfinite: set[tuple[str, int]] = set()
         self.runner = FakeRunner(scheduler, self.nonfinite)
         self.num_ahead = num_ahead
@@ -257,8 +258,7 @@ class Loop:
             self.tokens.setdefault(sequence.sequence_id, []).append(event.token_id)
             if has_stop_string(sequence.output_token_ids):
                 self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
-        for event in events.searches:
-            assert all(sequence.is_finished for sequence in event.group.sequences)
+        assert all(sequence.is_finished for sequence in events.finished)
         for group in self.groups.values():
             if group.request.beams is not None:
                 continue
