@@ -146,8 +146,9 @@ async def _tokenize(service: Service, request: Request) -> Response:
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     if body.messages is not None:
         variables = body.chat_template_kwargs or {}
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         prompt = await service.chat_prompt(
-            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables
+            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables, tools=tools
         )
         ids = prompt.token_ids
     else:

@@ -13,7 +13,7 @@ from typing import Any
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.llm import LLM
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.server.config import ServerConfig
 from jaxpaged.server.errors import ApiError, refusal, unavailable
 from jaxpaged.server.inbox import Inbox, Submission
@@ -128,7 +128,7 @@ class AsyncEngine:
     def submit(
         self,
         prompts: Sequence[Mapping[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         *,
         num_tokens: Sequence[int],
         priority: int = 0,

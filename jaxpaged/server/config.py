@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -23,6 +24,9 @@ class ServerConfig:
     api_key: str | None = _option(None, "clients must bring this key, on every route but health")
     api_key_file: str | None = _option(None, "file with that key, which no list of processes shows")
     served_model_name: str | None = _option(None, "name of the model in the API; None is MODEL as given")
+    tool_call_parser: str = _option(
+        "auto", "how the model writes calls of functions: hermes, llama3_json, mistral; auto looks at its chat template"
+    )
     max_queued_requests: int = _option(1024, "prompts in the engine at once, waiting and running; more get 429")
     max_queued_tokens: int = _option(2**22, "their prompt tokens and most output tokens; more get 429")
     max_prompts: int = _option(1024, "prompts of one completion request")
@@ -62,6 +66,11 @@ class ServerConfig:
             raise ValueError("api_key and api_key_file were both given: give one")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or self.api_key.strip() == ""):
             raise ValueError("api_key must be ASCII text that is not empty: clients send it in a header")
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            raise ValueError(
+                f"tool_call_parser={self.tool_call_parser!r} is not allowed: it must be one of "
+                f"{', '.join(TOOL_CALL_PARSERS)}"
+            )
         if not self.host or self.served_model_name == "":
             raise ValueError("host and served_model_name must not be empty: leave them out for the defaults")
 

@@ -2,26 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.server.errors import ApiError, refusal
+from jaxpaged.server.errors import ApiError
 
 Body = TypeVar("Body", bound="WireBody")
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "use_beam_search": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -31,25 +26,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (-1,),
     "spaces_between_special_tokens": (True,),
-    "length_penalty": (1.0,),
 }
 """Values of unsupported names that ask for nothing; null is one for every name."""
 NO_EFFECT = ("user", "safety_identifier", "metadata", "prompt_cache_key")
 """What OpenAI's servers keep for their own bookkeeping; it changes no output there or here."""
 REMEDIES: Mapping[str, str] = {
-    "tools": "tool calls are not served yet: describe the functions in a message, or leave it out",
-    "tool_choice": "tool calls are not served yet: use 'none', or leave it out",
-    "functions": "tool calls are not served yet: leave it out",
-    "function_call": "tool calls are not served yet: leave it out",
-    "response_format": "structured output is not served over HTTP yet: use {'type': 'text'}, or allowed_token_ids",
-    "structured_outputs": "structured output is not served over HTTP yet: use allowed_token_ids, or leave it out",
-    "guided_json": "structured output is not served over HTTP yet: leave it out",
-    "guided_regex": "structured output is not served over HTTP yet: leave it out",
-    "guided_choice": "structured output is not served over HTTP yet: leave it out",
-    "guided_grammar": "structured output is not served over HTTP yet: leave it out",
-    "use_beam_search": "beam search is not served over HTTP yet: use n for several samples",
-    "length_penalty": "beam search is not served over HTTP yet: leave it out",
-    "early_stopping": "beam search is not served over HTTP yet: leave it out",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "guided_json": "use structured_outputs={'json': ...}, or response_format",
+    "guided_regex": "use structured_outputs={'regex': ...}",
+    "guided_choice": "use structured_outputs={'choice': [...]}",
+    "guided_grammar": "use structured_outputs={'grammar': ...}",
+    "guided_decoding_backend": "there is one backend for structured_outputs: leave it out",
+    "guided_whitespace_pattern": "use structured_outputs={'json': ..., 'whitespace_pattern': ...}",
     "best_of": "use n and logprobs, and keep the best",
     "suffix": "the model cannot fill in the middle: leave it out",
     "chat_template": "templates of clients are not run: the operator puts one into the model's folder",
@@ -70,6 +59,22 @@ class WireBody(BaseModel):
     """A JSON object of known names, with values of exactly their types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class JsonSchemaFormat(WireBody):
+    """A schema under OpenAI's names. The output follows it whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(WireBody):
+    """The form of an answer under OpenAI's names."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
 
 
 class StreamOptions(WireBody):
@@ -103,6 +108,15 @@ class Sampling(WireBody):
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """Fields of StructuredOutputsParams."""
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    """None: as many as `n`."""
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+
     model: str | None = None
     priority: int = 0
     cache_salt: str | None = None
@@ -110,19 +124,6 @@ class Sampling(WireBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
-
-    def sampling_params(self, defaults: SamplingParams, **further: Any) -> SamplingParams:
-        """The SamplingParams asked for, with the checkpoint's defaults behind them. ApiError naming what is wrong."""
-        names = SamplingParams.__dataclass_fields__
-        given = {name: getattr(self, name) for name in SAMPLING_NAMES if getattr(self, name) is not None}
-        values = {name: getattr(defaults, name) for name in names} | given | further
-        try:
-            return SamplingParams(**values)
-        except ValueError as error:
-            raise refusal(error) from error
-
-
-SAMPLING_NAMES = tuple(name for name in Sampling.model_fields if name in SamplingParams.__dataclass_fields__)
 
 
 class CompletionBody(Sampling):
@@ -142,6 +143,33 @@ class CompletionBody(Sampling):
     logprobs: int | None = None
 
 
+class FunctionDefinition(WireBody):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Forced calls follow the schema whatever it says; a call of the model's own accord is given as it is."""
+
+
+class Tool(WireBody):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(WireBody):
+    name: FunctionName
+
+
+class NamedTool(WireBody):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
@@ -151,6 +179,9 @@ class ChatBody(Sampling):
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
 
 
 class TokenizeBody(WireBody):
@@ -162,6 +193,7 @@ class TokenizeBody(WireBody):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool = False
 
 
