@@ -24,6 +24,10 @@ class ServerConfig:
     api_key: str | None = _option(None, "clients must bring this key, on every route but health")
     api_key_file: str | None = _option(None, "file with that key, which no list of processes shows")
     served_model_name: str | None = _option(None, "name of the model in the API; None is MODEL as given")
+    allowed_hosts: str | None = _option(
+        None, "names in the Host header that are let in, with commas between; * is any; localhost, the host listened "
+        "on and addresses in digits are in any case"
+    )
     tool_call_parser: str = _option(
         "auto", "how the model writes calls of functions: hermes, llama3_json, mistral; auto looks at its chat template"
     )
@@ -41,6 +45,9 @@ class ServerConfig:
     queue_timeout_s: float = _option(300.0, "a request that has waited so long to start gets 503")
     request_timeout_s: float = _option(3600.0, "a request that has taken so long is ended with an error")
     drain_timeout_s: float = _option(30.0, "after SIGTERM or Ctrl-C, running requests may take so long to end")
+    step_timeout_s: float = _option(
+        300.0, "when a step of the engine takes longer, its requests get an error, and health tells it hangs"
+    )
     log_requests: bool = _option(True, "one JSON line on stderr for each request")
 
     def __post_init__(self) -> None:
@@ -66,6 +73,11 @@ class ServerConfig:
             raise ValueError("api_key and api_key_file were both given: give one")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or self.api_key.strip() == ""):
             raise ValueError("api_key must be ASCII text that is not empty: clients send it in a header")
+        if self.allowed_hosts is not None and any(mark in self.allowed_hosts for mark in "/:[ "):
+            raise ValueError(
+                f"allowed_hosts={self.allowed_hosts!r} is not allowed: it must be names with commas between them, "
+                "without port or path, or *"
+            )
         if self.tool_call_parser not in TOOL_CALL_PARSERS:
             raise ValueError(
                 f"tool_call_parser={self.tool_call_parser!r} is not allowed: it must be one of "

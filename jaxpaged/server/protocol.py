@@ -10,6 +10,21 @@ from pydantic_core import from_json
 from jaxpaged.server.errors import ApiError
 
 Body = TypeVar("Body", bound="WireBody")
+ROLES = ["system", "user", "assistant", "tool"]
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(
+        json_schema_extra={
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {"role": {"enum": ROLES}, "content": {"type": "string"}},
+                "required": ["role", "content"],
+            },
+        }
+    ),
+]
+"""What a message must have is the chat template's to say; the schema is for readers of /openapi.json."""
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -61,6 +76,11 @@ class WireBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+def _within(low: float, high: float) -> Any:
+    """A number or None, with the range for /openapi.json: a value beyond it is refused by the engine's own words."""
+    return Field(None, json_schema_extra={"minimum": low, "maximum": high})
+
+
 class JsonSchemaFormat(WireBody):
     """A schema under OpenAI's names. The output follows it whatever `strict` says."""
 
@@ -87,34 +107,34 @@ class StreamOptions(WireBody):
 class Sampling(WireBody):
     """What both kinds of request may ask of the sampler; None means the checkpoint's default, or ours."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
+    n: int | None = _within(1, 128)
+    temperature: float | None = _within(0, 100)
+    top_p: float | None = _within(0.001, 1)
+    top_k: int | None = _within(-1, 2**31 - 1)
+    min_p: float | None = _within(0, 1)
+    presence_penalty: float | None = _within(-2, 2)
+    frequency_penalty: float | None = _within(-2, 2)
+    repetition_penalty: float | None = _within(1e-4, 1e4)
+    seed: int | None = _within(-(2**63), 2**63 - 1)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: int | None = _within(0, 2**31 - 1)
+    min_tokens: int | None = _within(0, 2**31 - 1)
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = _within(0, 20)
 
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     """Fields of StructuredOutputsParams."""
     use_beam_search: bool = False
-    beam_width: int | None = None
+    beam_width: int | None = _within(1, 64)
     """None: as many as `n`."""
-    length_penalty: float | None = None
+    length_penalty: float | None = _within(-100, 100)
     early_stopping: bool | None = None
 
     model: str | None = None
@@ -140,7 +160,7 @@ class CompletionBody(Sampling):
         }
     )
     echo: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = _within(0, 20)
 
 
 class FunctionDefinition(WireBody):
@@ -173,10 +193,10 @@ class NamedTool(WireBody):
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: int | None = _within(1, 2**31 - 1)
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _within(0, 20)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
@@ -189,7 +209,7 @@ class TokenizeBody(WireBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "openai", "jsonschema", "yaml")
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "openai", "jsonschema", "yaml",
+          "schemathesis")
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
     collect_ignore_glob = ["test_*.py"]  # neither of the extras `server` and `test` is installed
 else:
