@@ -48,7 +48,7 @@ class RunningServer:
     def send_raw(self, path: str, body: Any, connection: socket.socket | None = None) -> socket.socket:
         """A POST whose answer nobody has read yet."""
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(content)}\r\n\r\n"
         connection = connection or self.connect()
         connection.sendall(head.encode() + content)

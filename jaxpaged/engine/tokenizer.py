@@ -157,6 +157,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @property
+    def chat_template_source(self) -> str | None:
+        """The text of the template; None where there is none."""
+        return None if self._chat_template is None else self._chat_template.source
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The text of each special token, which outputs leave out unless that is asked for."""
+        return tuple(token.content for token in self._special.values())
+
     def encode_chat(
         self,
         messages: Messages,

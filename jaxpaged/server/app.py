@@ -18,6 +18,7 @@ from jaxpaged.server.errors import ApiError
 from jaxpaged.server.exchange import EventStream, JsonResponse, read_json_bytes, while_connected
 from jaxpaged.server.gate import LOG, Gate
 from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.openapi import make_document
 from jaxpaged.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
 from jaxpaged.server.service import Service
 
@@ -50,6 +51,7 @@ class _Routes:
             "/health/live": {"GET": _live},
             "/health/ready": {"GET": _ready},
             "/version": {"GET": _version},
+            "/openapi.json": {"GET": _document},
             "/metrics": {"GET": lambda service, request: _metrics(metrics)},
             "/v1/models": {"GET": self._models},
             "/v1/completions": {"POST": _completions},
@@ -146,8 +148,9 @@ async def _tokenize(service: Service, request: Request) -> Response:
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     if body.messages is not None:
         variables = body.chat_template_kwargs or {}
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         prompt = await service.chat_prompt(
-            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables
+            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables, tools=tools
         )
         ids = prompt.token_ids
     else:
@@ -175,17 +178,25 @@ async def _detokenize(service: Service, request: Request) -> Response:
 
 
 async def _live(service: Service, request: Request) -> Response:
-    state = service.engine.state
-    return JsonResponse({"state": state.value}, 503 if state is EngineState.DEAD else 200)
+    return _health(service.engine, is_well=service.engine.state is not EngineState.DEAD)
 
 
 async def _ready(service: Service, request: Request) -> Response:
-    state = service.engine.state
-    return JsonResponse({"state": state.value}, 200 if state is EngineState.READY else 503)
+    return _health(service.engine, is_well=service.engine.state is EngineState.READY)
+
+
+def _health(engine: AsyncEngine, *, is_well: bool) -> Response:
+    if engine.state is not EngineState.DEAD and engine.hang is not None:
+        return JsonResponse({"state": "hung", "reason": engine.hang}, 503)
+    return JsonResponse({"state": engine.state.value}, 200 if is_well else 503)
 
 
 async def _version(service: Service, request: Request) -> Response:
     return JsonResponse({"version": importlib.metadata.version("jaxpaged")})
+
+
+async def _document(service: Service, request: Request) -> Response:
+    return JsonResponse(make_document())
 
 
 async def _metrics(metrics: Metrics) -> Response:

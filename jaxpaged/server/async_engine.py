@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import enum
+import logging
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ from typing import Any
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.llm import LLM
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.server.config import ServerConfig
 from jaxpaged.server.errors import ApiError, refusal, unavailable
 from jaxpaged.server.inbox import Inbox, Submission
@@ -25,7 +26,8 @@ EXPIRY_INTERVAL_S = 0.05
 MAX_RETRY_AFTER_S = 60
 
 WATCH_INTERVAL_S = 0.5
-"""How long a thread may be dead before its requests are told."""
+"""How long a thread may be dead, or hang, before its requests are told."""
+logger = logging.getLogger("jaxpaged.server")
 
 
 class EngineState(enum.StrEnum):
@@ -61,6 +63,10 @@ class AsyncEngine:
         self._is_stopped = False
         self.failure: BaseException | None = None
         """What killed the engine."""
+        self._busy_since_s: float | None = None
+        """time.monotonic of the beginning of the turn that the engine's thread is in; None where it waits."""
+        self._hung_since_s: float | None = None
+        """The same of a turn that was found to hang."""
         # of the event loop
         self._replies: dict[str, Reply] = {}
         self._num_tokens: dict[str, int] = {}
@@ -101,8 +107,31 @@ class AsyncEngine:
         if not self._thread.is_alive():
             self._die(RuntimeError("the engine's thread has ended"))
             return
+        busy_since_s = self._busy_since_s
+        if self._hung_since_s is not None and busy_since_s != self._hung_since_s:
+            logger.warning("the engine goes on", extra={"fields": {"hung_s": time.monotonic() - self._hung_since_s}})
+            self._hung_since_s = None
+        is_late = busy_since_s is not None and time.monotonic() - busy_since_s > self._config.step_timeout_s
+        if is_late and self._hung_since_s is None:
+            self._hung_since_s = busy_since_s
+            error = self._hung()
+            logger.error("the engine hangs", extra={"fields": {"error": error.message, "ended": len(self._replies)}})
+            # if the engine goes on, they are gone from it; until then nobody waits
+            self._inbox.abort(tuple(self._replies))
+            self._end_all(ApiError(500, error.message, code=error.code))
         assert self._loop is not None
-        self._loop.call_later(WATCH_INTERVAL_S, self._watch)
+        self._loop.call_later(min(WATCH_INTERVAL_S, self._config.step_timeout_s), self._watch)
+
+    @property
+    def hang(self) -> str | None:
+        """What is to be said of a step that takes too long; None while all is well."""
+        return None if self._hung_since_s is None else self._hung().message
+
+    def _hung(self) -> ApiError:
+        return unavailable(
+            f"the engine hangs: a step has taken more than {self._config.step_timeout_s:g} s (step_timeout_s); restart "
+            "the server if it does not go on", "engine_hung",
+        )
 
     @property
     def llm(self) -> LLM:
@@ -128,7 +157,7 @@ class AsyncEngine:
     def submit(
         self,
         prompts: Sequence[Mapping[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         *,
         num_tokens: Sequence[int],
         priority: int = 0,
@@ -150,6 +179,9 @@ class AsyncEngine:
         if self.state is not EngineState.READY:
             self._count(self.rejected, "not_ready", len(prompts))
             raise self._not_ready()
+        if self._hung_since_s is not None:
+            self._count(self.rejected, "engine_hung", len(prompts))
+            raise self._hung()
         self._check_room(len(prompts), sum(num_tokens))
         now = time.monotonic()
         name = request_id or uuid.uuid4().hex
@@ -300,7 +332,9 @@ class AsyncEngine:
     def _serve(self, llm: LLM) -> None:
         engine = llm.engine
         while True:
+            self._busy_since_s = None
             orders = self._inbox.take(is_waiting=not engine.has_unfinished)
+            self._busy_since_s = time.monotonic()
             for submission in orders.submissions:
                 self._add(llm, submission)
             for request_id in orders.aborted_ids:
@@ -412,17 +446,16 @@ class AsyncEngine:
                     self._llm.engine.abort(request_id)
                 self._stats = self._llm.engine.stats()
         self._set_state(EngineState.DEAD)
-        self._call(self._end_all)
+        self._call(lambda: self._end_all(ApiError(500, self._not_ready().message, code="engine_dead")))
 
-    def _end_all(self) -> None:
-        """In the event loop, behind the last flush: the engine is dead, and every request ends with that error."""
+    def _end_all(self, error: ApiError) -> None:
+        """In the event loop, behind the last flush: every request ends with this error."""
         self._flush()
-        ended = self._not_ready()
         for request_id, reply in list(self._replies.items()):
-            self._count(self.failed, "engine_dead", 1)
+            self._count(self.failed, error.code or "error", 1)
             del self._replies[request_id]
             self._sum_tokens -= self._num_tokens.pop(request_id)
-            reply.put(request_id, ApiError(500, ended.message, code="engine_dead"))
+            reply.put(request_id, error)
         self._notify()
 
 

@@ -246,7 +246,8 @@ class _Batch:
         self._is_quiet = is_quiet
         # no limit but those of the file: it waits for nobody
         self._config = ServerConfig(
-            max_queued_requests=1_000_000, max_queued_tokens=2**40, queue_timeout_s=1e7, request_timeout_s=1e7
+            max_queued_requests=1_000_000, max_queued_tokens=2**40, queue_timeout_s=1e7, request_timeout_s=1e7,
+            step_timeout_s=1e7,
         )
         self._engine = AsyncEngine(load, self._config)
         self._counts = BatchCounts()

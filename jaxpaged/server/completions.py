@@ -8,9 +8,10 @@ from typing import Any
 
 from jaxpaged.engine.outputs import CompletionOutput, RequestOutput
 from jaxpaged.server.errors import ApiError
+from jaxpaged.server.params import form_of, form_param
 from jaxpaged.server.protocol import CompletionBody
 from jaxpaged.server.reply import Reply
-from jaxpaged.server.service import Service, TokenPrompt, check_outcome, usage_of
+from jaxpaged.server.service import Service, TokenPrompt, checked, num_choices, usage_of
 from jaxpaged.server.token_texts import completion_logprobs, prompt_logprobs
 
 
@@ -33,7 +34,7 @@ class CompletionJob:
         self.body = body
         self.prompts = prompts
         self.reply = reply
-        self.num_samples = body.n or 1
+        self.num_samples = num_choices(body)
         self.has_output = body.max_tokens != 0
         self._head = {
             "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
@@ -46,7 +47,6 @@ class CompletionJob:
     async def start(cls, service: Service, body: CompletionBody) -> "CompletionJob":
         """Check, tokenize and submit; ApiError for what is refused."""
         service.check_model(body.model)
-        params = service.default_params
         further: dict[str, Any] = {"logprobs": body.logprobs}
         if body.echo and body.logprobs is not None:
             further["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
@@ -55,15 +55,13 @@ class CompletionJob:
                 raise ApiError(400, "max_tokens=0 asks for nothing: it goes with echo", param="max_tokens")
             # the engine makes a token at least; it is dropped
             further |= {"max_tokens": 1, "min_tokens": 0}
-        params = body.sampling_params(service.default_params, **further)
+        params = service.params_of(body, form_of(body), **further)
         prompts = await service.prompts_of(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        return cls(service, body, prompts, service.submit(prompts, params, body))
+        return cls(service, body, prompts, service.submit(prompts, params, body, form_param(body)))
 
     async def whole(self) -> dict[str, Any]:
         """The answer when everything is done."""
-        outputs = await self.reply.finished()
-        for output in outputs:
-            check_outcome(output)
+        outputs = [checked(output, self.body) for output in await self.reply.finished()]
         choices = []
         for index, output in enumerate(outputs):
             for one in output.outputs:
@@ -85,7 +83,7 @@ class CompletionJob:
             news = await self.reply.next()
             latest.update(news)
             for index, output in news.items():
-                check_outcome(output)
+                checked(output, self.body)
                 for one in output.outputs:
                     choice = self._piece(progress[index * self.num_samples + one.index], index, output, one)
                     if choice is None:

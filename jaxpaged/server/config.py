@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -23,6 +24,13 @@ class ServerConfig:
     api_key: str | None = _option(None, "clients must bring this key, on every route but health")
     api_key_file: str | None = _option(None, "file with that key, which no list of processes shows")
     served_model_name: str | None = _option(None, "name of the model in the API; None is MODEL as given")
+    allowed_hosts: str | None = _option(
+        None, "names in the Host header that are let in, with commas between; * is any; localhost, the host listened "
+        "on and addresses in digits are in any case"
+    )
+    tool_call_parser: str = _option(
+        "auto", "how the model writes calls of functions: hermes, llama3_json, mistral; auto looks at its chat template"
+    )
     max_queued_requests: int = _option(1024, "prompts in the engine at once, waiting and running; more get 429")
     max_queued_tokens: int = _option(2**22, "their prompt tokens and most output tokens; more get 429")
     max_prompts: int = _option(1024, "prompts of one completion request")
@@ -37,6 +45,9 @@ class ServerConfig:
     queue_timeout_s: float = _option(300.0, "a request that has waited so long to start gets 503")
     request_timeout_s: float = _option(3600.0, "a request that has taken so long is ended with an error")
     drain_timeout_s: float = _option(30.0, "after SIGTERM or Ctrl-C, running requests may take so long to end")
+    step_timeout_s: float = _option(
+        300.0, "when a step of the engine takes longer, its requests get an error, and health tells it hangs"
+    )
     log_requests: bool = _option(True, "one JSON line on stderr for each request")
 
     def __post_init__(self) -> None:
@@ -62,6 +73,16 @@ class ServerConfig:
             raise ValueError("api_key and api_key_file were both given: give one")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or self.api_key.strip() == ""):
             raise ValueError("api_key must be ASCII text that is not empty: clients send it in a header")
+        if self.allowed_hosts is not None and any(mark in self.allowed_hosts for mark in "/:[ "):
+            raise ValueError(
+                f"allowed_hosts={self.allowed_hosts!r} is not allowed: it must be names with commas between them, "
+                "without port or path, or *"
+            )
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            raise ValueError(
+                f"tool_call_parser={self.tool_call_parser!r} is not allowed: it must be one of "
+                f"{', '.join(TOOL_CALL_PARSERS)}"
+            )
         if not self.host or self.served_model_name == "":
             raise ValueError("host and served_model_name must not be empty: leave them out for the defaults")
 

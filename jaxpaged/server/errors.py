@@ -5,9 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
-_PARAM_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams)) | {"priority", "cache_salt"}
+_PARAM_NAMES = frozenset(
+    field.name for kind in (SamplingParams, BeamSearchParams) for field in dataclasses.fields(kind)
+) | {"priority", "cache_salt", "messages", "tools"}
+FORM = "structured_outputs"
+"""What the engine calls the form of an output."""
 
 
 class ApiError(Exception):
@@ -50,6 +54,15 @@ def refusal(error: ValueError, param: str | None = None) -> ApiError:
         param = first.group()
     is_too_long = "max_model_len" in message or "the request can grow to" in message
     return ApiError(400, message, param=param, code="context_length_exceeded" if is_too_long else "invalid_value")
+
+
+def about_form(error: ApiError, param: str) -> ApiError:
+    """What the engine says about the form of an output, under the name that the client gave it by."""
+    if error.param != FORM or param == FORM:
+        return error
+    return ApiError(
+        error.status, error.message.replace(FORM, param, 1), code=error.code, param=param, headers=error.headers
+    )
 
 
 def unavailable(message: str, code: str, retry_after_s: int | None = 5) -> ApiError:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxpaged.server.config import ServerConfig
 from jaxpaged.server.errors import ApiError
 from jaxpaged.server.exchange import ClientGoneError, JsonResponse
+from jaxpaged.server.hosts import AllowedHosts
 
 OPEN_PATHS = frozenset((b"/health", b"/health/live", b"/health/ready"))
 """What needs no key, compared with the path as it came, before anything is decoded or joined."""
@@ -39,6 +40,7 @@ class Gate:
         self._config = config
         self._key_digest = None if api_key is None else _digest(api_key.encode())
         self._count = count
+        self._hosts = AllowedHosts(config.host, config.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,7 +96,17 @@ class Gate:
             )
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise ApiError(400, "content-length and transfer-encoding exclude each other: send one", code="bad_headers")
-        if self._key_digest is None or scope["raw_path"] in OPEN_PATHS:
+        if scope["raw_path"] in OPEN_PATHS:
+            return
+        self._check_key(scope, headers)
+        if not self._hosts.allow(value for name, value in scope["headers"] if name == b"host"):
+            raise ApiError(
+                403, "the Host header names no host of this server: use its address, or let the operator add the name "
+                "with --allowed-hosts", code="host_not_allowed",
+            )
+
+    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self._key_digest is None:
             return
         key = _key_of(headers.get(b"authorization", b""))
         if key is None or not hmac.compare_digest(_digest(key), self._key_digest):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Submission:
 
     request_id: str
     prompt: Mapping[str, Any]
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     priority: int
     is_streamed: bool
     submitted_s: float

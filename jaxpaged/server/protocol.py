@@ -2,26 +2,36 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.server.errors import ApiError, refusal
+from jaxpaged.server.errors import ApiError
 
 Body = TypeVar("Body", bound="WireBody")
+ROLES = ["system", "user", "assistant", "tool"]
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(
+        json_schema_extra={
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {"role": {"enum": ROLES}, "content": {"type": "string"}},
+                "required": ["role", "content"],
+            },
+        }
+    ),
+]
+"""What a message must have is the chat template's to say; the schema is for readers of /openapi.json."""
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "use_beam_search": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -31,25 +41,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (-1,),
     "spaces_between_special_tokens": (True,),
-    "length_penalty": (1.0,),
 }
 """Values of unsupported names that ask for nothing; null is one for every name."""
 NO_EFFECT = ("user", "safety_identifier", "metadata", "prompt_cache_key")
 """What OpenAI's servers keep for their own bookkeeping; it changes no output there or here."""
 REMEDIES: Mapping[str, str] = {
-    "tools": "tool calls are not served yet: describe the functions in a message, or leave it out",
-    "tool_choice": "tool calls are not served yet: use 'none', or leave it out",
-    "functions": "tool calls are not served yet: leave it out",
-    "function_call": "tool calls are not served yet: leave it out",
-    "response_format": "structured output is not served over HTTP yet: use {'type': 'text'}, or allowed_token_ids",
-    "structured_outputs": "structured output is not served over HTTP yet: use allowed_token_ids, or leave it out",
-    "guided_json": "structured output is not served over HTTP yet: leave it out",
-    "guided_regex": "structured output is not served over HTTP yet: leave it out",
-    "guided_choice": "structured output is not served over HTTP yet: leave it out",
-    "guided_grammar": "structured output is not served over HTTP yet: leave it out",
-    "use_beam_search": "beam search is not served over HTTP yet: use n for several samples",
-    "length_penalty": "beam search is not served over HTTP yet: leave it out",
-    "early_stopping": "beam search is not served over HTTP yet: leave it out",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "guided_json": "use structured_outputs={'json': ...}, or response_format",
+    "guided_regex": "use structured_outputs={'regex': ...}",
+    "guided_choice": "use structured_outputs={'choice': [...]}",
+    "guided_grammar": "use structured_outputs={'grammar': ...}",
+    "guided_decoding_backend": "there is one backend for structured_outputs: leave it out",
+    "guided_whitespace_pattern": "use structured_outputs={'json': ..., 'whitespace_pattern': ...}",
     "best_of": "use n and logprobs, and keep the best",
     "suffix": "the model cannot fill in the middle: leave it out",
     "chat_template": "templates of clients are not run: the operator puts one into the model's folder",
@@ -72,6 +76,27 @@ class WireBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+def _within(low: float, high: float) -> Any:
+    """A number or None, with the range for /openapi.json: a value beyond it is refused by the engine's own words."""
+    return Field(None, json_schema_extra={"minimum": low, "maximum": high})
+
+
+class JsonSchemaFormat(WireBody):
+    """A schema under OpenAI's names. The output follows it whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(WireBody):
+    """The form of an answer under OpenAI's names."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
 class StreamOptions(WireBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -82,26 +107,35 @@ class StreamOptions(WireBody):
 class Sampling(WireBody):
     """What both kinds of request may ask of the sampler; None means the checkpoint's default, or ours."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
+    n: int | None = _within(1, 128)
+    temperature: float | None = _within(0, 100)
+    top_p: float | None = _within(0.001, 1)
+    top_k: int | None = _within(-1, 2**31 - 1)
+    min_p: float | None = _within(0, 1)
+    presence_penalty: float | None = _within(-2, 2)
+    frequency_penalty: float | None = _within(-2, 2)
+    repetition_penalty: float | None = _within(1e-4, 1e4)
+    seed: int | None = _within(-(2**63), 2**63 - 1)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: int | None = _within(0, 2**31 - 1)
+    min_tokens: int | None = _within(0, 2**31 - 1)
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = _within(0, 20)
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """Fields of StructuredOutputsParams."""
+    use_beam_search: bool = False
+    beam_width: int | None = _within(1, 64)
+    """None: as many as `n`."""
+    length_penalty: float | None = _within(-100, 100)
+    early_stopping: bool | None = None
 
     model: str | None = None
     priority: int = 0
@@ -110,19 +144,6 @@ class Sampling(WireBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
-
-    def sampling_params(self, defaults: SamplingParams, **further: Any) -> SamplingParams:
-        """The SamplingParams asked for, with the checkpoint's defaults behind them. ApiError naming what is wrong."""
-        names = SamplingParams.__dataclass_fields__
-        given = {name: getattr(self, name) for name in SAMPLING_NAMES if getattr(self, name) is not None}
-        values = {name: getattr(defaults, name) for name in names} | given | further
-        try:
-            return SamplingParams(**values)
-        except ValueError as error:
-            raise refusal(error) from error
-
-
-SAMPLING_NAMES = tuple(name for name in Sampling.model_fields if name in SamplingParams.__dataclass_fields__)
 
 
 class CompletionBody(Sampling):
@@ -139,18 +160,48 @@ class CompletionBody(Sampling):
         }
     )
     echo: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = _within(0, 20)
+
+
+class FunctionDefinition(WireBody):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Forced calls follow the schema whatever it says; a call of the model's own accord is given as it is."""
+
+
+class Tool(WireBody):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(WireBody):
+    name: FunctionName
+
+
+class NamedTool(WireBody):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: int | None = _within(1, 2**31 - 1)
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _within(0, 20)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
 
 
 class TokenizeBody(WireBody):
@@ -158,10 +209,11 @@ class TokenizeBody(WireBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool = False
 
 

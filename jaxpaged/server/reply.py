@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from jaxpaged.engine.outputs import RequestOutput
-from jaxpaged.server.errors import ApiError
+from jaxpaged.server.errors import FORM, ApiError, about_form
 
 Terminal = ApiError | RequestOutput
 
@@ -28,6 +28,8 @@ class Reply:
         self._error: ApiError | None = None
         self._unfinished = set(self.request_ids)
         self._has_news = asyncio.Event()
+        self.form_param = FORM
+        """The client's name for what errors may say of the form of the output."""
 
     @property
     def unfinished_ids(self) -> frozenset[str]:
@@ -40,7 +42,7 @@ class Reply:
         if is_terminal(event):
             self._unfinished.discard(request_id)
         if isinstance(event, ApiError):
-            self._error = self._error or event
+            self._error = self._error or about_form(event, self.form_param)
         else:
             self._latest[self._index_of[request_id]] = event
         self._has_news.set()

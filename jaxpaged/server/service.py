@@ -1,6 +1,7 @@
 """What every endpoint works with: the engine, the limits, the model's name, and how prompts become tokens."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,15 +11,20 @@ from typing import Any, TypeVar
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.prompts import as_prompt_list, read_prompt
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.config import ServerConfig
 from jaxpaged.server.errors import ApiError, refusal
+from jaxpaged.server.params import params_of
 from jaxpaged.server.protocol import Sampling
 from jaxpaged.server.reply import Reply
 from jaxpaged.server.token_texts import TokenTexts
+from jaxpaged.server.tool_parser import detect_dialect
+from jaxpaged.server.tools import with_read_arguments
+from jaxpaged.structured_outputs import StructuredOutputsParams
 
 Result = TypeVar("Result")
+Params = SamplingParams | BeamSearchParams
 SHORT_CHARS = 2000
 """A text of up to so many characters is tokenized at once: that takes less time than to change threads."""
 TAKEN_NAMES = ("self", "messages", "tools", "documents", "add_generation_prompt")
@@ -57,6 +63,13 @@ class Service:
     @cached_property
     def default_params(self) -> SamplingParams:
         return self.engine.llm.get_default_sampling_params()
+
+    @cached_property
+    def tool_dialect(self) -> str | None:
+        """How the model writes calls of functions; None where nobody knows."""
+        if self.config.tool_call_parser != "auto":
+            return self.config.tool_call_parser
+        return detect_dialect(self.tokenizer.chat_template_source or "")
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -122,7 +135,12 @@ class Service:
         return listed
 
     async def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TokenPrompt:
         """A conversation through the checkpoint's template, as tokens."""
         for name in variables:
@@ -130,18 +148,36 @@ class Service:
                 message = f"chat_template_kwargs cannot set {name[:80]!r}: leave it out"
                 raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
         encode = partial(
-            self.tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt, **variables
+            self.tokenizer.encode_chat,
+            with_read_arguments(messages),
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **variables,
         )
         ids = await self.in_thread(encode)
         if not ids:
             raise ApiError(400, "the model's chat template makes nothing of these messages", param="messages")
         return TokenPrompt(text=None, token_ids=tuple(ids))
 
-    def submit(self, prompts: Sequence[TokenPrompt], params: SamplingParams, body: Sampling) -> Reply:
-        """Hand tokenized prompts to the engine; ApiError for what can never fit, before anything waits."""
-        if params.n > self.config.max_n:
+    def params_of(self, body: Sampling, form: StructuredOutputsParams | None, **further: Any) -> Params:
+        """The engine's parameters for a body; see `params.params_of`."""
+        return params_of(body, self.default_params, self.max_model_len, form, **further)
+
+    def submit(
+        self, prompts: Sequence[TokenPrompt], params: Params, body: Sampling, form_param: str | None = None
+    ) -> Reply:
+        """Hand tokenized prompts to the engine; ApiError for what can never fit, before anything waits.
+
+        Args:
+            form_param: The body's name for what gives the output its form.
+        """
+        if isinstance(params, BeamSearchParams):
+            name, width = "beam_width", params.beam_width
+        else:
+            name, width = "n", params.n
+        if width > self.config.max_n:
             raise ApiError(
-                400, f"n={params.n} is above {self.config.max_n} (max_n): ask for fewer samples", param="n",
+                400, f"{name}={width} is above {self.config.max_n} (max_n): ask for fewer", param=name,
                 code="invalid_value",
             )
         num_tokens = []
@@ -153,8 +189,8 @@ class Service:
                     "token is to be generated: shorten the prompt", param="prompt", code="context_length_exceeded",
                 )
             room = self.max_model_len - length
-            num_tokens.append(length + params.n * min(room, params.max_tokens or room))
-        return self.engine.submit(
+            num_tokens.append(length + width * min(room, params.max_tokens or room))
+        reply = self.engine.submit(
             [
                 {"prompt": prompt.text, "prompt_token_ids": prompt.token_ids, "cache_salt": body.cache_salt}
                 for prompt in prompts
@@ -165,18 +201,29 @@ class Service:
             is_streamed=body.stream,
             request_id=body.request_id,
         )
+        if form_param is not None:
+            reply.form_param = form_param
+        return reply
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def check_outcome(output: RequestOutput) -> None:
-    """ApiError for a request that ended without its answer."""
+def num_choices(body: Sampling) -> int:
+    """Choices that a prompt gets."""
+    return body.n or (body.beam_width if body.use_beam_search and body.beam_width else 1)
+
+
+def checked(output: RequestOutput, body: Sampling) -> RequestOutput:
+    """The output, of a search the best hypotheses asked for. ApiError if the request ended without its answer."""
     for one in output.outputs:
         if one.finish_reason == "error":
             raise ApiError(500, f"the request failed: {one.stop_reason}", code="generation_failed")
         if one.finish_reason == "abort":
             raise ApiError(500, "the request was aborted", code="aborted")
+    if len(output.outputs) > num_choices(body):
+        return dataclasses.replace(output, outputs=output.outputs[: num_choices(body)])
+    return output
 
 
 def usage_of(outputs: Sequence[RequestOutput], *, has_output: bool = True) -> dict[str, Any]:

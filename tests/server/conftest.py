@@ -5,10 +5,13 @@ from contextlib import ExitStack
 
 import pytest
 
-NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "openai", "jsonschema", "yaml")
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "openai", "jsonschema", "yaml",
+          "schemathesis")
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
     collect_ignore_glob = ["test_*.py"]  # neither of the extras `server` and `test` is installed
 else:
+    import jsonschema
+    import yaml
     from server_harness import running_server
 
     from jaxpaged import LLM
@@ -71,3 +74,30 @@ else:
         server = holder.get(api_key="open sesame")
         yield server
         server.settle()
+
+    def _nullable(schema):
+        """OpenAPI 3.0's `nullable: true` in the words of JSON Schema."""
+        if isinstance(schema, list):
+            return [_nullable(one) for one in schema]
+        if not isinstance(schema, dict):
+            return schema
+        made = {key: _nullable(value) for key, value in schema.items()}
+        if made.pop("nullable", False):
+            return {"anyOf": [made, {"type": "null"}]}
+        return made
+
+    @pytest.fixture(scope="session")
+    def contract(shared_data):
+        """Checks a value against one schema of OpenAI's published contract, whatever we add beside it."""
+        text = (shared_data / "openai" / "openapi.yaml").read_text()
+        document = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        components = _nullable(document["components"])
+        validators = {}
+
+        def check(name, value):
+            if name not in validators:
+                schema = {"$ref": f"#/components/schemas/{name}", "components": components}
+                validators[name] = jsonschema.Draft202012Validator(schema)
+            validators[name].validate(value)
+
+        return check

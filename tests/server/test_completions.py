@@ -130,10 +130,10 @@ def test_further_names_take_effect(server, body, check):
     ("body", "param"),
     [
         ({"best_of": 3}, "best_of"),
-        ({"use_beam_search": True}, "use_beam_search"),
+        ({"beam_width": 2}, "beam_width"),
+        ({"length_penalty": 2.0}, "length_penalty"),
         ({"suffix": "x"}, "suffix"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"structured_outputs": {"regex": "a*"}}, "structured_outputs"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
         ({"guided_json": {}}, "guided_json"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ({"priority": 3}, "priority"),

@@ -183,7 +183,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(llm):
         # a length that is only announced
         with server.connect() as connection:
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                 b"content-length: 50000000000\r\n\r\n"
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 413")
@@ -204,7 +204,7 @@ def test_another_type_of_body_is_refused(server, headers):
 
 def test_what_stalls_is_cut_off_and_others_are_not_kept_waiting(llm):
     with running_server(llm, header_timeout_s=0.6, body_timeout_s=0.6) as server:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         with server.connect() as no_head, server.connect() as half_head, server.connect() as half_body:
             half_head.sendall(head)
             half_body.sendall(head + b'content-length: 100\r\n\r\n{"prompt": ')
@@ -234,13 +234,13 @@ def test_what_stalls_is_cut_off_and_others_are_not_kept_waiting(llm):
 @pytest.mark.parametrize(
     ("request_bytes", "statuses"),
     [
-        (b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * 65_536 + b"\r\n\r\n", (b"400", b"431")),
-        (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"".join(b"h%d: x\r\n" % i for i in range(1000)) + b"\r\n", (b"431",)),
-        (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 150 + b"\r\n", (b"431",)),
-        (b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nlong: " + b"x" * 65_536 + b"\r\n\r\n", (b"400", b"431")),
+        (b"GET / HTTP/1.1\r\nhost: [::1]\r\n" + b"".join(b"h%d: x\r\n" % i for i in range(1000)) + b"\r\n", (b"431",)),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 150 + b"\r\n", (b"431",)),
+        (b"POST /tokenize HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
          (b"400",)),
-        (b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello", (b"400",)),
-        (b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\nhello", (b"400",)),
+        (b"POST /tokenize HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello", (b"400",)),
+        (b"POST /tokenize HTTP/1.1\r\nhost: [::1]\r\ncontent-length: -5\r\n\r\nhello", (b"400",)),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", (b"400",)),
         (b"GET / HTTP/1.1\r\n\r\n", (b"400",)),
     ],
@@ -436,6 +436,35 @@ def test_a_dead_engine_is_told_by_health_and_by_every_answer(monkeypatch):
         refused(server.complete(), 503, code="engine_dead")
         assert server.metric("jaxpaged:engine_state", state="dead") == 1
         assert server.metric("jaxpaged:requests_failed_total", reason="engine_dead") == 2
+
+
+def test_a_step_that_hangs_is_told_by_health_and_ends_its_requests_until_it_goes_on(llm, monkeypatch, caplog):
+    with running_server(llm, step_timeout_s=0.3) as server:
+        is_to_go_on, step = threading.Event(), Engine.step
+
+        def hanging(engine):
+            assert is_to_go_on.wait(30)
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", hanging)
+        try:
+            refused(server.complete(), 500, code="engine_hung", text="step_timeout_s")
+            for path in ("/health", "/health/ready", "/health/live"):
+                answer = server.http.get(path)
+                assert answer.status_code == 503
+                assert answer.json()["state"] == "hung"
+                assert "0.3 s" in answer.json()["reason"]
+            refused(server.complete(), 503, code="engine_hung")
+            assert server.metric("jaxpaged:requests_failed_total", reason="engine_hung") == 1
+            assert server.metric("jaxpaged:requests_rejected_total", reason="engine_hung") == 1
+        finally:
+            is_to_go_on.set()
+        server.wait_until(lambda: server.http.get("/health/live").status_code == 200)
+        assert server.http.get("/health").json() == {"state": "ready"}
+        assert server.complete().status_code == 200
+    assert [record.msg for record in caplog.records if "engine" in record.msg] == [
+        "the engine hangs", "the engine goes on"
+    ]
 
 
 # ---- 24: names

@@ -7,6 +7,8 @@ import logging
 import pytest
 from server_harness import running_server
 
+from jaxpaged.server.hosts import AllowedHosts
+
 KEY = "open sesame"
 
 
@@ -47,7 +49,7 @@ def test_the_right_key_lets_in_as_a_bearer_or_as_a_browsers_password(guarded):
 )  # fmt: skip
 def test_no_trick_with_the_path_opens_another_route(guarded, target):
     with guarded.connect() as connection:
-        connection.sendall(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        connection.sendall(f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
         assert connection.recv(12) == b"HTTP/1.1 401"
 
 
@@ -56,6 +58,44 @@ def test_no_trick_with_the_host_opens_another_route(guarded, host):
     with guarded.connect() as connection:
         connection.sendall(f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
         assert connection.recv(12) in (b"HTTP/1.1 401", b"HTTP/1.1 400")
+
+
+LOCAL = ("localhost", "LocalHost:8000", "localhost.", "127.0.0.1", "127.0.0.1:9", "[::1]", "[::1]:8000", "192.168.1.7")
+
+
+def status_for_host(server, host):
+    with server.connect() as connection:
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
+        return int(connection.recv(12)[9:])
+
+
+def test_a_name_of_somebody_elses_that_leads_here_is_not_let_in(server):
+    assert [status_for_host(server, host) for host in LOCAL] == [200] * len(LOCAL)
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "localhost:x",
+                 "[::1", "0x7f.1", "x"):  # fmt: skip
+        assert status_for_host(server, host) == 403, host
+    answer = server.http.get("/v1/models", headers={"host": "evil.example"})
+    assert answer.json()["error"]["code"] == "host_not_allowed"
+    assert server.post("/v1/completions", {"prompt": "x"}, headers={"host": "evil.example"}).status_code == 403
+    assert server.http.get("/health", headers={"host": "pod.cluster"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("listened", "allowed", "host", "is_let_in"),
+    [
+        ("127.0.0.1", None, b"llm.example", False),
+        ("127.0.0.1", "llm.example,Other.example", b"llm.example:80", True),
+        ("127.0.0.1", "llm.example, Other.example".replace(" ", ""), b"other.example", True),
+        ("127.0.0.1", "llm.example", b"a.llm.example", False),
+        ("127.0.0.1", "*", b"anything", True),
+        ("llm.example", None, b"llm.example", True),
+        ("0.0.0.0", None, b"10.0.0.3", True),
+        ("0.0.0.0", None, b"llm.example", False),
+        ("127.0.0.1", None, b"", False),
+    ],
+)
+def test_the_operator_says_which_names_are_the_servers(listened, allowed, host, is_let_in):
+    assert AllowedHosts(listened, allowed).allow([host]) is is_let_in
 
 
 def test_other_sites_pages_get_no_permission(server):

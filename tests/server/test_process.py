@@ -70,7 +70,7 @@ class Process:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         self.connections.append(connection)
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\nconnection: close\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(content), content)
         )
         return connection
