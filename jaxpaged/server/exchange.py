@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from jaxpaged.server.config import ServerConfig
 from jaxpaged.server.errors import ApiError
 
 Result = TypeVar("Result")
+logger = logging.getLogger("jaxpaged.server")
 
 
 class ClientGoneError(Exception):
@@ -94,7 +96,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events: each chunk as JSON, then [DONE].
 
-    An ApiError before the first chunk is an answer with its status; one behind it goes into the stream. `on_end` is
+    An error before the first chunk is an answer with its status; one behind it goes into the stream. `on_end` is
     called when nothing more is sent, for whatever reason.
     """
 
@@ -123,6 +125,10 @@ class EventStream(Response):
                     await _send_event(send, chunk)
             except ApiError as error:
                 await _send_event(send, error.body())
+            except Exception:  # a fault of ours, and this request's alone: the client must not wait for the rest
+                logger.exception("stream failed")
+                fault = ApiError(500, "an internal error; the server's log has it", code="internal_error")
+                await _send_event(send, fault.body())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 

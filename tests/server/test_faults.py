@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from server_harness import events_of, read_all, running_server
 
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.engine.chat_template import ChatTemplate
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.grammars import _Library
 from jaxpaged.runner.model_runner import ModelRunner
+from jaxpaged.server.tool_parser import Content, ToolParser
 
 JSON = {"content-type": "application/json"}
 
@@ -405,6 +408,56 @@ def test_a_fault_of_the_server_itself_is_one_500_without_its_inner_words(server,
     assert answer.headers["x-request-id"] in error["message"]
     monkeypatch.undo()
     assert server.complete().status_code == 200
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock"}}]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_fault_in_reading_calls_ends_that_request_alone(server, monkeypatch, is_streamed):
+    source = "{{ tools }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    monkeypatch.setattr(server.llm.engine.tokenizer, "_chat_template", ChatTemplate(source, {}))
+    calls = iter(range(10**6))
+
+    def failing(parser, text):
+        if next(calls) == (3 if is_streamed else 0):
+            raise KeyError("secret")
+        return [Content(text)]
+
+    monkeypatch.setattr(ToolParser, "feed", failing)
+    other = server.send_raw("/v1/completions", {"prompt": "x", "max_tokens": 30, "ignore_eos": True})
+    body = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}, "max_tokens": 30,
+            "stream": is_streamed}  # fmt: skip
+    if is_streamed:
+        *chunks, last = events_of(server.chat(**body | {"tool_choice": "required"}))
+        assert chunks
+        assert last["error"]["code"] == "internal_error"
+        assert "secret" not in json.dumps(last)
+    else:
+        answer = server.chat(**body)
+        refused(answer, 500, code="internal_error")
+        assert "secret" not in answer.text
+    assert b'"completion_tokens":30' in read_all(other)
+    other.close()
+
+
+def test_a_grammar_that_fails_half_way_ends_that_request_alone(server, monkeypatch):
+    mask = _Library.mask
+
+    def failing(library, matcher):
+        if next(calls) == 4:
+            raise RuntimeError("a limit was met")
+        return mask(library, matcher)
+
+    calls = iter(range(10**6))
+    other = server.send_raw("/v1/completions", {"prompt": "x", "max_tokens": 30, "ignore_eos": True})
+    monkeypatch.setattr(_Library, "mask", failing)
+    error = refused(server.complete(max_tokens=30, structured_outputs={"regex": "[a-z ]{50}"}), 500)
+    assert error["code"] == "generation_failed"
+    assert "a limit was met" in error["message"]
+    assert b'"completion_tokens":30' in read_all(other)
+    other.close()
+    assert server.complete(max_tokens=60, structured_outputs={"regex": "[ab]{5}"}).status_code == 200
 
 
 def test_a_dead_engine_is_told_by_health_and_by_every_answer(monkeypatch):
