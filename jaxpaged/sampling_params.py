@@ -185,6 +185,11 @@ def _check_shared(params: "SamplingParams | BeamSearchParams") -> None:
         freeze(params, "logprobs", logprobs)
     for name in ("ignore_eos", "include_stop_str_in_output"):
         _check_bool(name, getattr(params, name))
+    structured = params.structured_outputs
+    if structured is not None and not isinstance(structured, StructuredOutputsParams):
+        raise refuse("structured_outputs", structured, "a StructuredOutputsParams(json=..., regex=..., ...)")
+    if params.logits_processors is not None:
+        freeze(params, "logits_processors", _check_processors(params.logits_processors))
 
 
 @naming_unknown_fields(REMEDIES)
@@ -276,11 +281,6 @@ class SamplingParams:
         for name in ("detokenize", "skip_special_tokens"):
             _check_bool(name, getattr(self, name))
         _check_shared(self)
-        structured = self.structured_outputs
-        if structured is not None and not isinstance(structured, StructuredOutputsParams):
-            raise refuse("structured_outputs", structured, "a StructuredOutputsParams(json=..., regex=..., ...)")
-        if self.logits_processors is not None:
-            freeze(self, "logits_processors", _check_processors(self.logits_processors))
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on")
 
@@ -304,6 +304,7 @@ class BeamSearchParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     structured_outputs: Any = None
+    logits_processors: Any = None
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
@@ -313,5 +314,3 @@ class BeamSearchParams:
         _check_number("length_penalty", self.length_penalty, -100.0, 100.0, "a finite number from -100 to 100")
         _check_bool("early_stopping", self.early_stopping)
         _check_shared(self)
-        if self.structured_outputs is not None:
-            raise ValueError("structured_outputs is not supported with beams: use SamplingParams(n=...)")

@@ -66,22 +66,6 @@ SHARED = {
     "allowed_token_ids": [*NOT_IDS, [], range(0), [0] * (MAX_ALLOWED_TOKENS + 1)],
     "logprobs": [-1, 2**31, *(value for value in NOT_COUNTS if value is not None)],
     "structured_outputs": [{"json": {}}, "grammar", 0],
-}
-SAMPLING = SHARED | {
-    "n": [0, -1, 16_385, 10**6, *NOT_COUNTS],
-    "temperature": [-1, -1e-9, 100.1, *NOT_NUMBERS],
-    "top_p": [0, 0.0, -1, 1.0000001, *NOT_NUMBERS],
-    "top_k": [-2, 2**31, *NOT_COUNTS],
-    "min_p": [-1, -1e-9, 1.1, *NOT_NUMBERS],
-    "presence_penalty": [-2.1, 2.1, *NOT_NUMBERS],
-    "frequency_penalty": [-2.1, 2.1, *NOT_NUMBERS],
-    "repetition_penalty": [0, -1, 1e-40, 1e-320, 10_001, *NOT_NUMBERS],
-    "seed": [-(2**63) - 1, 2**63, *(value for value in NOT_COUNTS if value is not None)],
-    "max_tokens": [0, -1, 2**31, 2**63, *(value for value in NOT_COUNTS if value is not None)],
-    "min_tokens": [-1, 17, 2**31, *NOT_COUNTS],
-    "prompt_logprobs": [-1, 2**31, *(value for value in NOT_COUNTS if value is not None)],
-    "detokenize": NOT_SWITCHES,
-    "skip_special_tokens": NOT_SWITCHES,
     "logits_processors": [
         5,
         "x",
@@ -103,6 +87,22 @@ SAMPLING = SHARED | {
         (("a", ()), ("a", ())),
         {str(i): {} for i in range(MAX_LOGITS_PROCESSORS + 1)},
     ],
+}
+SAMPLING = SHARED | {
+    "n": [0, -1, 16_385, 10**6, *NOT_COUNTS],
+    "temperature": [-1, -1e-9, 100.1, *NOT_NUMBERS],
+    "top_p": [0, 0.0, -1, 1.0000001, *NOT_NUMBERS],
+    "top_k": [-2, 2**31, *NOT_COUNTS],
+    "min_p": [-1, -1e-9, 1.1, *NOT_NUMBERS],
+    "presence_penalty": [-2.1, 2.1, *NOT_NUMBERS],
+    "frequency_penalty": [-2.1, 2.1, *NOT_NUMBERS],
+    "repetition_penalty": [0, -1, 1e-40, 1e-320, 10_001, *NOT_NUMBERS],
+    "seed": [-(2**63) - 1, 2**63, *(value for value in NOT_COUNTS if value is not None)],
+    "max_tokens": [0, -1, 2**31, 2**63, *(value for value in NOT_COUNTS if value is not None)],
+    "min_tokens": [-1, 17, 2**31, *NOT_COUNTS],
+    "prompt_logprobs": [-1, 2**31, *(value for value in NOT_COUNTS if value is not None)],
+    "detokenize": NOT_SWITCHES,
+    "skip_special_tokens": NOT_SWITCHES,
 }
 BEAMS = SHARED | {
     "beam_width": [0, -1, 65, *NOT_COUNTS],

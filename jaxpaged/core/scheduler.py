@@ -10,14 +10,17 @@ from jaxpaged.core.group_queue import GroupQueue, Order, first_come_first_served
 from jaxpaged.core.preemption import Preemption, PreemptionCosts, is_to_swap, num_common_blocks
 from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.core.scheduler_output import RunnerOutput, ScheduledSequence, SchedulerOutput, SequenceOutput
-from jaxpaged.core.searches import Searches
+from jaxpaged.core.searches import EndError, Searches
 from jaxpaged.core.sequences import Sequences
 from jaxpaged.core.step_events import PromptLogprobsEvent, SchedulerCounts, StepEvents, TokenEvent
 from jaxpaged.core.step_plan import StepPlan, num_logit_rows, plan_sequence
 
 WATERMARK_DIVISOR = 100
 """A newcomer leaves one block in this many free, so that those who run can grow a little before they preempt it."""
-NO_CONTINUATION = "every continuation of every beam is banned: check allowed_token_ids, bad_words and logit_bias"
+NO_CONTINUATION = (
+    "every token is forbidden to every beam: allowed_token_ids, bad_words, structured_outputs and logits_processors "
+    "together leave none; loosen one of them"
+)
 NONFINITE = "the model gave logits that are NaN or infinite: check the checkpoint's weights and the dtype"
 
 
@@ -206,10 +209,7 @@ class Scheduler:
     def _is_form_pending(self) -> bool:
         """Whether a token of some output that follows a form is not known yet."""
         return any(
-            sequence.num_pending_tokens
-            for group in self._running
-            if group.request.params.structured_outputs is not None
-            for sequence in group.sequences
+            self._is_awaited(group) for group in self._running if group.request.params.structured_outputs is not None
         )
 
     def _resume_swapped(self, step: StepPlan) -> None:
@@ -515,8 +515,8 @@ class Scheduler:
             if not item.num_samples:
                 continue
             if group.request.beams is not None:
-                if self.searches.collect(sequence, result.candidates) and not self.searches.advance(group):
-                    self._end_search(group, events)
+                if self.searches.collect(sequence, result.candidates):
+                    self._advance(group, events)
                 continue
             if not group.is_forked:
                 if group.request.params.n > 1:
@@ -556,11 +556,18 @@ class Scheduler:
         for sample_index, sequence in enumerate(list(group.sequences)):
             self._append_token(group, sequence, result, sample_index, events)
 
-    def _end_search(self, group: SequenceGroup, events: StepEvents) -> None:
-        """End a request whose search is over; one that found nothing (all was banned) in an error."""
-        if not self._close_search(group):
+    def _advance(self, group: SequenceGroup, events: StepEvents) -> None:
+        """One step of a search, which may be its last; one that found nothing (all was banned) ends in an error."""
+        trouble = NO_CONTINUATION
+        try:
+            if self.searches.advance(group):
+                return
+            is_closed = self._close_search(group)
+        except EndError as error:
+            is_closed, trouble = False, str(error)
+        if not is_closed:
             for sequence in group.unfinished:
-                self._end(group, sequence, FinishReason.ERROR, NO_CONTINUATION)
+                self._end(group, sequence, FinishReason.ERROR, trouble)
         events.finished.extend(group.sequences)
 
     def _close_search(self, group: SequenceGroup, *, is_aborted: bool = False) -> bool:

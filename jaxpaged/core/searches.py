@@ -4,9 +4,18 @@ from collections.abc import Callable
 
 from jaxpaged.core.beam_search import Beam, BeamSearch, Continuation
 from jaxpaged.core.block_manager import BlockManager
-from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
+from jaxpaged.core.request import FinishReason, Sequence, SequenceGroup
 from jaxpaged.core.scheduler_output import Candidate
 from jaxpaged.core.sequences import Sequences
+
+Ending = tuple[FinishReason, int | str | None]
+"""Finish reason and stop reason."""
+EndFinder = Callable[[Sequence, int], Ending | None]
+"""What ends a beam's text where it goes on with this token, if anything does."""
+
+
+class EndError(RuntimeError):
+    """The `EndFinder` raised: that request's search cannot go on. The message says why."""
 
 
 class Searches:
@@ -17,9 +26,8 @@ class Searches:
         self._sequences = sequences
         self._max_model_len = max_model_len
         self._of_request: dict[str, BeamSearch] = {}
-        self.find_stop_string: Callable[[Request, list[int]], str | None] | None = None
-        """Set by an engine that knows text: the stop string that these output tokens end in, of a request with beams
-        and stop strings."""
+        self.find_end: EndFinder | None = None
+        """Set by an engine that knows text and grammars; asked for requests with stop strings or a grammar."""
 
     def start(self, sequence: Sequence) -> None:
         """Begin the search of a request that was accepted; `sequence` is its only one."""
@@ -53,7 +61,7 @@ class Searches:
     def advance(self, group: SequenceGroup) -> bool:
         """One step of a search: beams without a continuation are dropped, those with several are forked.
 
-        False, and nothing done, where the search is over.
+        False, and nothing done, where the search is over. Raises EndError.
         """
         group.is_forked = True
         search = self._of_request[group.request.request_id]
@@ -79,24 +87,27 @@ class Searches:
         # all have forked: now tokens may be appended
         for child, (_, token_id, _) in zip(beams, live, strict=True):
             child.token_ids.append(token_id)
-            if group.request.bad_words_token_ids:
-                child.epoch += 1  # the device remembers another token than was chosen here
+            if group.request.bad_words_token_ids or group.request.params.logits_processors:
+                child.epoch += 1  # they read the device's memory, where another token stands than was chosen here
         if len(parents) < len(live):
             num_held = sum(len(self._block_manager.held(child)) for child in beams)
             num_saved = num_held - self._block_manager.num_distinct_blocks(group)
             group.num_shared_blocks = max(group.num_shared_blocks, num_saved)
         return True
 
-    def _stop_of(self, continuation: Continuation) -> tuple[FinishReason, int | str | None] | None:
+    def _stop_of(self, continuation: Continuation) -> Ending | None:
         """What ends a beam that is continued so, if anything does."""
         parent, token_id, _ = continuation
         request = parent.request
         if token_id in request.stop_token_ids:
             return FinishReason.STOP, token_id
-        if request.params.stop and self.find_stop_string is not None:
-            found = self.find_stop_string(request, [*parent.output_token_ids, token_id])
+        if self.find_end is not None and (request.params.stop or request.params.structured_outputs is not None):
+            try:
+                found = self.find_end(parent, token_id)
+            except Exception as error:  # one request's trouble is its own
+                raise EndError(f"{type(error).__name__}: {error}") from error
             if found is not None:
-                return FinishReason.STOP, found
+                return found
         if parent.num_output_tokens + 1 >= request.max_tokens or len(parent.token_ids) + 1 >= self._max_model_len:
             return FinishReason.LENGTH, None
         return None

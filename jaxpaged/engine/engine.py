@@ -4,7 +4,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from flax import nnx
@@ -18,7 +17,7 @@ from jaxpaged.core.request import FinishReason, Request, Sequence, SequenceGroup
 from jaxpaged.core.scheduler import WATERMARK_DIVISOR, Scheduler
 from jaxpaged.core.scheduler_output import SchedulerOutput
 from jaxpaged.core.step_events import StepEvents, TokenEvent
-from jaxpaged.engine.beams import beam_settings, find_stop_string, sampling_params_of
+from jaxpaged.engine.beams import beam_settings, end_finder, sampling_params_of
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.grammars import Grammars
 from jaxpaged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -107,10 +106,9 @@ class Engine:
             order=by_priority if engine_config.scheduling_policy == "priority" else first_come_first_served,
             clock=time.perf_counter,
         )
-        if tokenizer is not None:
-            self.scheduler.searches.find_stop_string = partial(find_stop_string, tokenizer)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._grammars = Grammars(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+        self.scheduler.searches.find_end = end_finder(tokenizer, self._grammars)
         self._seeds = random.Random(engine_config.seed)
         self._live: dict[str, _Live] = {}
         self._num_arrivals = 0

@@ -10,8 +10,13 @@ Decisions
    is an error of the call. What goes wrong later (a limit met half-way) ends that request alone.
 3. 2026-11-25. A matcher is made from a sequence's tokens when somebody asks for it. So samples that fork, and
    sequences that a search makes anew, need no hook here.
+   A beam's is found by its tokens (5), with the same freedom.
 4. 2026-11-25. The end of a grammar ends the sequence at once, without waiting for an end-of-sequence token, and even
    before `min_tokens`: nothing more can be said.
+5. 2026-11-25. Beams are known by their tokens. Whether a grammar ends with a candidate is found by a matcher copied
+   from its parent's (half a microsecond: llguidance shares what copies have in common), which is kept for the beam that
+   goes on so; what nobody went on with is let go two tokens later. A beam that no token can follow dies, a limit ends
+   its request. Refused: a hook for forks and drops (what is found by tokens cannot be out of step with them).
 """
 
 import importlib.util
@@ -38,6 +43,8 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 """llguidance's bounds of a grammar's size and of the work for one mask."""
+NO_TOKEN = "NoExtension"
+"""How the library's word for a state that no token can follow begins."""
 _END = {
     "content": "<|end of a form|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
     "special": True,
@@ -65,6 +72,7 @@ class Grammars:
         """Matchers at the start of their grammars."""
         self._of_request: dict[str, Any] = {}
         self._states: dict[str, dict[Sequence, _State]] = {}
+        self._beams: dict[str, _BeamMatchers] = {}
         self.failures: list[tuple[str, str]] = []
         """(request id, message) of grammars that failed as masks were made; whoever reads them empties the list."""
 
@@ -90,11 +98,13 @@ class Grammars:
         """The request's outputs follow this grammar of `compile` from now on."""
         self._of_request[request_id] = compiled
         self._states[request_id] = {}
+        self._beams[request_id] = _BeamMatchers(compiled)
 
     def forget(self, request_id: str) -> None:
         """The request has ended, or never had a grammar."""
         self._of_request.pop(request_id, None)
         self._states.pop(request_id, None)
+        self._beams.pop(request_id, None)
 
     def follow(self, sequence: Sequence) -> bool:
         """Read the sequence's new output tokens; True where its grammar has come to its end.
@@ -102,6 +112,17 @@ class Grammars:
         Raises GrammarError where the grammar does not allow them, or met a limit.
         """
         return self._state(sequence).is_at_end
+
+    def is_at_end_after(self, parent: Sequence, token_id: int) -> bool:
+        """Whether a beam's grammar comes to its end where it goes on with this token. Raises GrammarError likewise."""
+        beams = self._beams[parent.request.request_id]
+        return bool(beams.after((*parent.output_token_ids, token_id)).is_stopped())
+
+    def _matcher(self, sequence: Sequence) -> Any:
+        """Where a sequence or beam stands, all of its known tokens read."""
+        if sequence.request.beams is None:
+            return self._state(sequence).matcher
+        return self._beams[sequence.request.request_id].after(tuple(sequence.output_token_ids))
 
     def _state(self, sequence: Sequence) -> "_State":
         """Where the sequence stands, all of its known tokens read."""
@@ -118,7 +139,7 @@ class Grammars:
     ) -> np.ndarray:
         """uint32 [num_rows, words]: bit v % 32 of word v // 32 is set where the row's grammar allows token v.
 
-        A grammar that fails leaves its rows open, and a word in `failures`.
+        A grammar that fails leaves its rows open, and a word in `failures`. A beam that no token can follow has no bit.
         """
         assert self._library is not None
         num_words = -(-self._vocab_size // 32)
@@ -129,9 +150,12 @@ class Grammars:
                 continue
             row = first + num_prompt_rows
             try:
-                masks[row] = self._library.mask(self._state(item.sequence).matcher)
+                masks[row] = self._library.mask(self._matcher(item.sequence))
             except Exception as error:  # whatever the library says: one request's trouble is its own
-                self.failures.append((request_id, f"structured_outputs: {error}"))
+                if item.sequence.request.beams is not None and str(error).startswith(NO_TOKEN):
+                    continue
+                reason = str(error).removeprefix("structured_outputs: ")
+                self.failures.append((request_id, f"structured_outputs: {reason}"))
                 masks[row] = 0xFFFFFFFF
             masks[row + 1 : row + num_samples] = masks[row]
         return masks
@@ -148,13 +172,41 @@ class _State:
         token_ids = sequence.token_ids
         start = sequence.request.num_prompt_tokens + self._num_read
         for token_id in token_ids[start:]:
-            if not self.matcher.consume_token(token_id):
-                raise GrammarError(f"the grammar cannot be followed: {_reason(self.matcher)}")
+            _consume(self.matcher, token_id)
             self._num_read += 1
 
     @property
     def is_at_end(self) -> bool:
         return bool(self.matcher.is_stopped())
+
+
+class _BeamMatchers:
+    """Matchers of one search by the output tokens they have read: of the longest, and of those one token shorter."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+        self._kept: dict[tuple[int, ...], Any] = {}
+        self._length = 0
+
+    def after(self, token_ids: tuple[int, ...]) -> Any:
+        """The matcher that has read these; GrammarError where the grammar does not allow them, or met a limit."""
+        matcher = self._kept.get(token_ids)
+        if matcher is not None:
+            return matcher
+        parent = self._kept.get(token_ids[:-1]) if token_ids else None
+        matcher = (self._start if parent is None else parent).deep_copy()
+        for token_id in token_ids if parent is None else token_ids[-1:]:
+            _consume(matcher, token_id)
+        if len(token_ids) > self._length:
+            self._length = len(token_ids)
+            self._kept = {read: kept for read, kept in self._kept.items() if len(read) >= self._length - 1}
+        self._kept[token_ids] = matcher
+        return matcher
+
+
+def _consume(matcher: Any, token_id: int) -> None:
+    if not matcher.consume_token(token_id):
+        raise GrammarError(f"structured_outputs: the grammar cannot be followed: {_reason(matcher)}")
 
 
 def _reason(matcher: Any) -> str:
@@ -204,7 +256,7 @@ class _Library:
         try:
             mask = self.mask(trial)
         except GrammarError as error:
-            if str(error).startswith("NoExtension"):
+            if str(error).startswith(NO_TOKEN):
                 raise GrammarError(nothing) from error
             raise GrammarError(f"structured_outputs: {name} is too complex: {error}") from error
         for token_id in self._eos_token_ids:

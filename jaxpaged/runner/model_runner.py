@@ -37,7 +37,7 @@ from jaxpaged.runner.logits_processors import (
     used_bits,
 )
 from jaxpaged.runner.parallel import empty_cache, parallel_over
-from jaxpaged.runner.sampler import FINE, NOT_FINITE, SamplerState, init_state, load_row, pack_row
+from jaxpaged.runner.sampler import FINE, NOT_FINITE, NOTHING_LEFT, SamplerState, init_state, load_row, pack_row
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.step import jitted, jitted_candidates, jitted_samplers
 from jaxpaged.runner.swap import BlockMover
@@ -93,7 +93,9 @@ class InFlight:
             beams = item.sequence.request.beams
             if beams is not None and num_samples:
                 found = _candidates(candidates, begin, beams.num_candidates, logprobs, params.logprobs)
-                outputs.append(SequenceOutput((), (), (), worst == FINE, self._error(worst), found))
+                # a beam whose every continuation is banned has none, which is no fault
+                is_sound = worst in (FINE, NOTHING_LEFT)
+                outputs.append(SequenceOutput((), (), (), is_sound, self._error(worst), found))
                 continue
             prompt_entries: tuple[tuple[int, TokenLogprobs], ...] = ()
             entries: tuple[TokenLogprobs, ...] = ()
@@ -187,14 +189,13 @@ class ModelRunner:
             graph, tree, engine_config.attention_implementation, self._block_size, self._parallel
         )
         max_logprobs = min(engine_config.max_logprobs, self._vocab_size)
-        self._sample, self._sample_extended = jitted_samplers(
-            max_logprobs, engine_config.logprobs_mode, self.processors
-        )
+        self._logprobs_mode = engine_config.logprobs_mode
+        self._sample, self._sample_extended = jitted_samplers(max_logprobs, self._logprobs_mode, self.processors)
         self._layouts = {bucket: shapes.packed_layout(bucket) for bucket in shapes.buckets.all}
         self._warm: set[Bucket] = set()
         self._warm_samplers: set[int] = set()
-        self._warm_candidates: set[tuple[int, int]] = set()
-        """(logit rows, candidates)."""
+        self._warm_candidates: set[tuple[int, int, bool]] = set()
+        """(logit rows, candidates, whether with grammars or logits processors)."""
         self._warm_extended: set[int] = set()
 
     def _init_kv(self) -> Any:
@@ -269,28 +270,35 @@ class ModelRunner:
         )
         num_logits = batch.layout.bucket.num_logits
         self._warm.add(batch.layout.bucket)
+        extended = self._extended_inputs(plan, batch, make_masks)
         candidates: tuple[jax.Array, ...] = ()
         if batch.num_candidates:
             # before the sampler, which takes the state
             size = rounded_up(batch.num_candidates, self._vocab_size)
-            candidates = jitted_candidates(size)(logits, self._state, sampling)
-            self._warm_candidates.add((batch.layout.bucket.num_logits, size))
+            choose = jitted_candidates(size, self._logprobs_mode, self.processors)[bool(extended)]
+            candidates = choose(logits, self._state, sampling, *extended)
+            self._warm_candidates.add((num_logits, size, bool(extended)))
         if batch.is_plain:
             return StepArrays(tokens_and_status, (), candidates)
+        sample, warm = (
+            (self._sample_extended, self._warm_extended) if extended else (self._sample, self._warm_samplers)
+        )
+        self._state, tokens_and_status, logprobs = sample(logits, self._state, sampling, *extended)
+        warm.add(num_logits)
+        return StepArrays(tokens_and_status, logprobs, candidates)
+
+    def _extended_inputs(
+        self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None
+    ) -> tuple[()] | tuple[jax.Array, jax.Array, Tables]:
+        """What samplers with grammars and logits processors read besides: extras, masks, arguments; else nothing."""
         if batch.extras is None:
-            self._state, tokens_and_status, logprobs = self._sample(logits, self._state, sampling)
-            self._warm_samplers.add(num_logits)
-            return StepArrays(tokens_and_status, logprobs, candidates)
+            return ()
+        num_logits = batch.layout.bucket.num_logits
         if make_masks is not None and (batch.extras & HAS_GRAMMAR).any():
             masks = jax.device_put(make_masks(plan, batch.spans, num_logits), self._everywhere)
         else:
             masks = self._neutral_masks(num_logits)
-        extras = jax.device_put(batch.extras, self._everywhere)
-        self._state, tokens_and_status, logprobs = self._sample_extended(
-            logits, self._state, sampling, extras, masks, self._arguments
-        )
-        self._warm_extended.add(num_logits)
-        return StepArrays(tokens_and_status, logprobs, candidates)
+        return jax.device_put(batch.extras, self._everywhere), masks, self._arguments
 
     def _neutral_masks(self, num_logits: int) -> jax.Array:
         """Masks that nobody reads, for a step without grammars; the latest are kept."""
@@ -326,12 +334,13 @@ class ModelRunner:
     ) -> tuple[Bucket, ...]:
         """Those that have not run yet, or not with the samplers or numbers of candidates that are asked for."""
         sizes = {rounded_up(number, self._vocab_size) for number in num_candidates}
+        kinds = (False, True) if with_extended else (False,)
         return tuple(
             bucket
             for bucket in buckets
             if bucket not in self._warm
             or (with_sampler and bucket.num_logits not in self._warm_samplers)
-            or any((bucket.num_logits, size) not in self._warm_candidates for size in sizes)
+            or any((bucket.num_logits, size, kind) not in self._warm_candidates for size in sizes for kind in kinds)
             or (with_extended and bucket.num_logits not in self._warm_extended)
         )
 
@@ -346,17 +355,19 @@ class ModelRunner:
         """Run one bucket through the ordinary path with a request that writes to the null block; returns seconds.
 
         Args:
-            with_extended: Also run the sampler of grammars and logits processors, and load their arguments once.
+            with_extended: Also run the samplers of grammars and logits processors, and load their arguments once.
         """
         started = time.perf_counter()
-        for number in sorted({rounded_up(number, self._vocab_size) for number in num_candidates}):
+        sizes = sorted({rounded_up(number, self._vocab_size) for number in num_candidates})
+        for number in sizes:
             beams = replace(self._dummy_batch(bucket, is_random=False), num_candidates=number)
             self.dispatch(SchedulerOutput((), (), (), ()), beams)
         batch = self._dummy_batch(bucket, is_random=with_sampler)
         self._run_dummy(batch)
         if with_extended:
             extras = np.zeros(bucket.num_logits, np.int32)
-            self._run_dummy(replace(batch, is_plain=False, extras=extras))
+            for number in sizes or [0]:
+                self._run_dummy(replace(batch, is_plain=False, extras=extras, num_candidates=number))
             if self.processors:
                 packed = pack_arguments(self.processors, self.shapes.num_rows, SamplingParams())
                 self._arguments = self._load_arguments(self._arguments, packed)

@@ -16,7 +16,7 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.beam_candidates import beam_candidates
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.extended_sampler import sample_extended
+from jaxpaged.runner.extended_sampler import extended_candidates, sample_extended
 from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
 from jaxpaged.runner.logits import first_argmax, maximum
 from jaxpaged.runner.logits_processors import LogitsProcessor
@@ -52,9 +52,15 @@ def jitted_samplers(
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_candidates(num_candidates: int) -> Any:
-    """The jitted choice of that many continuations of every row: a program of its own, for steps with beams."""
-    return jax.jit(partial(candidates_of_rows, num_candidates))
+def jitted_candidates(
+    num_candidates: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]
+) -> tuple[Any, Any]:
+    """The jitted choice of that many continuations of every row: programs of their own, for steps with beams, and for
+    those that have grammars or logits processors besides."""
+    return (
+        jax.jit(partial(candidates_of_rows, num_candidates, mode)),
+        jax.jit(partial(extended_candidates, num_candidates, mode, processors)),
+    )
 
 
 def step(
@@ -101,10 +107,10 @@ def _sampled(state: SamplerState, output: SamplerOutput) -> tuple[SamplerState, 
 
 
 def candidates_of_rows(
-    num_candidates: int, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+    num_candidates: int, mode: LogprobsMode, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
 ) -> tuple[jax.Array, ...]:
     """`beam_candidates` of a step's logits; nothing is donated."""
-    return beam_candidates(num_candidates, logits, state, unpack_sampling(packed_sampling, logits.shape[0]))
+    return beam_candidates(num_candidates, mode, logits, state, unpack_sampling(packed_sampling, logits.shape[0]))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ def has_stop_string(outputs: list[int]) -> bool:
     return len(outputs) > 1 and (outputs[-1] + outputs[-2]) % 19 == 0
 
 
+def find_end(parent: Sequence, token_id: int) -> tuple[FinishReason, str] | None:
+    """Of a beam that goes on with this token."""
+    return (FinishReason.STOP, "stop string") if has_stop_string([*parent.output_token_ids, token_id]) else None
+
+
 def expected_tokens(request: Request, max_model_len: int, nonfinite: set[tuple[str, int]]) -> list[list[int]] | None:
     """The outputs of every sample, without any scheduler; None where the request ends in an error."""
     samples = []
@@ -217,8 +222,7 @@ class Loop:
 
     def __init__(self, scheduler: Scheduler, *, num_ahead: int = 1) -> None:
         self.scheduler = scheduler
-        searches = scheduler.searches
-        searches.find_stop_string = lambda request, outputs: "stop string" if has_stop_string(outputs) else None
+        scheduler.searches.find_end = find_end
         self.nonfinite: set[tuple[str, int]] = set()
         self.runner = FakeRunner(scheduler, self.nonfinite)
         self.num_ahead = num_ahead
