@@ -22,23 +22,29 @@ class EngineWorker:
         device = jax.devices()[0]
         return {"load_s": time.perf_counter() - start, "device": f"{device.platform} {device.device_kind}"}
 
-    def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: list[int], detokenize: bool = False
+    ) -> dict[str, Any]:
         """All requests at once, at time 0, greedy, to exactly their `max_tokens`; the prefix cache starts empty."""
         llm = self._llm
         assert llm is not None
         llm.reset_prefix_cache()
         params = [
-            SamplingParams(temperature=0, max_tokens=num, ignore_eos=True, detokenize=False) for num in max_tokens
+            SamplingParams(temperature=0, max_tokens=num, ignore_eos=True, detokenize=detokenize) for num in max_tokens
         ]
         before = host_stats(llm)
+        cpu_before = time.process_time()
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         elapsed_s = time.perf_counter() - start
+        cpu_s = time.process_time() - cpu_before
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         after = host_stats(llm)
         return {
             "elapsed_s": elapsed_s,
+            "cpu_s": cpu_s,
             "token_ids": token_ids,
+            "texts": [output.outputs[0].text for output in outputs],
             "host": {name: after[name] - before[name] for name in after},
         }
 

@@ -41,11 +41,6 @@ async def read_json_bytes(request: Request, config: ServerConfig) -> bytes:
 
     Raises ApiError: 415 for another type, 413 above the limit, 408 if it does not come in time.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"content-type {kind[:80]!r} is not accepted: send application/json", code="content_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ApiError(415, "compressed bodies are not accepted: send the JSON as it is", code="content_encoding")
     too_large = ApiError(
         413, f"the body is larger than {config.max_body_bytes} bytes (max_body_bytes): send less in one request",
         code="body_too_large",
@@ -64,10 +59,21 @@ async def read_json_bytes(request: Request, config: ServerConfig) -> bytes:
                 if len(content) > config.max_body_bytes:
                     raise too_large
                 if not message.get("more_body", False):
-                    return bytes(content)
+                    break
     except TimeoutError as error:
         message_text = f"the body did not come within {config.body_timeout_s:g} s (body_timeout_s): send it faster"
         raise ApiError(408, message_text, code="body_timeout") from error
+    # behind the body: an answer in front of it may be lost as the connection is closed on what was not read
+    _check_kind(request)
+    return bytes(content)
+
+
+def _check_kind(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"content-type {kind[:80]!r} is not accepted: send application/json", code="content_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "compressed bodies are not accepted: send the JSON as it is", code="content_encoding")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
