@@ -102,18 +102,6 @@ def test_tensors_are_the_same_in_the_expected_order_and_in_any_other(folder, ord
         np.testing.assert_array_equal(opened.read(name), tensors[name], err_msg=name)
 
 
-def test_no_more_is_begun_ahead_than_half_of_the_largest(folder):
-    opened, tensors = folder
-    order = ["t5", "t1", "t1", "t1", "t2", "t4"]  # 2400 bytes, then 480 each, then 960 and 1920
-    opened.expect(order)
-    ahead = []
-    for name in order:
-        np.testing.assert_array_equal(opened.read(name), tensors[name])
-        ahead.append(sum(tensors[begun].nbytes for begun in opened._begun))
-    assert max(ahead) <= tensors["t5"].nbytes // 2
-    assert ahead[0] > 0
-
-
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_ranges_are_cut_along_any_axis(folder, axis):
     opened, tensors = folder
