@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -25,7 +26,16 @@ from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.new_folder import new_folder, remove_dead_partials, remove_folder
 from jaxpaged.models.parameters import fill, parameter_specs, place
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.models.tensor_files import INDEX_FILE, TensorFolder, TensorSpec, read_json, write_tensors
+from jaxpaged.models.tensor_files import (
+    INDEX_FILE,
+    OVERFLOWING,
+    TensorFolder,
+    TensorSpec,
+    is_unusable,
+    read_json,
+    warn_of_unusable,
+    write_tensors,
+)
 
 SPOOL = "native"
 """Name of the folder inside the one that is written, for what has to change before Orbax can have it."""
@@ -278,6 +288,12 @@ def _write_exports(
     return write_tensors(partial, specs, _told(build, bar), max_shard_bytes=max_shard_bytes, format_name="pt")
 
 
+def _is_unusable(view: np.ndarray | jax.Array) -> bool:
+    if isinstance(view, np.ndarray):
+        return is_unusable(view)
+    return not (jnp.abs(view) < OVERFLOWING).all()  # where it is: no copy of it comes to the host
+
+
 def _write_orbax(
     partial: Path, source: Source, specs: dict[str, TensorSpec], spooled: bool, bar: Any
 ) -> None:
@@ -286,8 +302,9 @@ def _write_orbax(
     Orbax takes a whole tree: what has to change on its way goes through native files, which are views of themselves.
     """
     if not spooled:
-        views = {path: source.view(path) for path in specs}
-        orbax.save(partial / orbax.SUBFOLDER, {path: view for path, view in views.items() if view is not None})
+        views = {path: view for path in specs if (view := source.view(path)) is not None}
+        warn_of_unusable([path for path, view in views.items() if _is_unusable(view)], stacklevel=5)
+        orbax.save(partial / orbax.SUBFOLDER, views)
         bar.update(len(specs))
         return
     spool = partial / SPOOL

@@ -75,6 +75,7 @@ def open_checkpoint(
             {tensor: spec.shape for tensor, spec in tensors.specs.items()},
             {path: tuple(spec.shape) for path, spec in parameter_specs(model).items()},
             str(source),
+            {tensor: spec.file for tensor, spec in tensors.specs.items()},
         )
         _check_ignored(source, plan, tensors)
         yield OpenCheckpoint(config, model, plan, tensors)

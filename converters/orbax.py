@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from converters.plain_zarr import PlainArray, PlainReader, plain_array
+from converters.plain_zarr import FACTS_FILE, PlainArray, PlainReader, plain_array
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.data_file import cast
@@ -32,8 +32,13 @@ MARKS = ("_CHECKPOINT_METADATA", TREE)
 """Files that tell an Orbax checkpoint."""
 DATABASE = "manifest.ocdbt"
 """Where orbax has put arrays into a key-value database, as it does by default."""
+ARRAY_KINDS = ("np.ndarray", "jax.Array")
+"""What the tree calls an array, which has a folder with one of these files unless there is a database."""
+FACTS_FILES = (FACTS_FILE, "zarr.json")
 CHUNK_BYTES = 64 * 2**20
 """Of an array in the files: a device that restores its part reads whole chunks."""
+MOST_READ = 16
+"""Bytes for each element of an array that reading its chunks may take: no chunk is larger than its array by much."""
 GROUPS = 16
 """In how many steps a checkpoint is restored: each reads the tree's metadata again."""
 
@@ -179,6 +184,14 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
     if arrays is None:
         places = {name: keys for name, (keys, _) in leaves.items()}
         most_bytes = {name: _read_bytes(leaf, config.dtype) for name, (_, leaf) in leaves.items()}
+        for name, spec in specs.items():
+            # a chunk that there is no memory for would end the process, in the library that reads it
+            if most_bytes[name] > MOST_READ * math.prod(spec.shape) + 2**20:
+                leaf: Any = leaves[name][1]
+                raise ValueError(
+                    f"{path}: parameter {name!r} is in chunks of {list(leaf.storage.chunk_shape)}, far larger than "
+                    f"its shape {list(spec.shape)}: save it again"
+                )
         yield OpenFolder(path, config, model, num_cast, names=places, most_bytes=most_bytes)
         return
     for name, array in arrays.items():
@@ -192,18 +205,23 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
 def _plain_arrays(path: Path) -> dict[str, PlainArray] | None:
     """Return every array of a checkpoint whose arrays are all plain files, by our path; None for any other.
 
-    Names are those of the tree in orbax's own metadata, which it gives the folders of arrays too.
+    Names are those of the tree in orbax's own metadata, which it gives the folders of arrays too. ValueError for one
+    that has no folder.
     """
     if (path / DATABASE).exists() or not (path / TREE).is_file():
         return None
     try:
-        keys = [leaf["key_metadata"] for leaf in read_json(path / TREE)["tree_metadata"].values()]
-        names = [".".join(str(key["key"]) for key in one) for one in keys]
+        leaves = [
+            (".".join(str(key["key"]) for key in leaf["key_metadata"]), leaf["value_metadata"]["value_type"])
+            for leaf in read_json(path / TREE)["tree_metadata"].values()
+        ]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None  # orbax says what is wrong
     found = {}
-    for name in names:
+    for name, kind in leaves:
         is_of_folder = Path(name).name == name and name != ".."
+        if is_of_folder and kind in ARRAY_KINDS and not any((path / name / facts).is_file() for facts in FACTS_FILES):
+            raise ValueError(f"{path}: parameter {_our_path(name)!r} is not there: copy or convert it again")
         array = plain_array(path / name, checkpoint.NUMPY_DTYPES.values()) if is_of_folder else None
         if array is None or _our_path(name) in found:
             return None

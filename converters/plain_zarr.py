@@ -61,7 +61,7 @@ class PlainArray:
             found = path.stat().st_size if path.is_file() else None
             if found != self.chunk_bytes:
                 state = "is not there" if found is None else f"has {found} bytes and must have {self.chunk_bytes}"
-                raise ValueError(f"{path}: {state}: copy it again from its source")
+                raise ValueError(f"{path}: {state}")
 
 
 def plain_array(folder: Path, dtypes: Iterable[np.dtype]) -> PlainArray | None:

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -199,11 +200,13 @@ def make_plan(
     sources: Mapping[str, tuple[int, ...]],
     targets: Mapping[str, tuple[int, ...]],
     where: str,
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Return what becomes what, given the shapes of the source tensors and of the parameters.
 
-    ValueError, naming `where` and the tensors, if a source tensor is claimed by no row or by two, if a parameter is
-    filled twice or not at all, or if a shape is not what its parameters need. No data is read.
+    `files` are those that the source tensors are in, to name them by. ValueError, naming `where` and the tensors, if a
+    source tensor is claimed by no row or by two, if a parameter is filled twice or not at all, or if a shape is not
+    what its parameters need. No data is read.
     """
     rows = tuple(rows)
     claimed: dict[str, tuple[Row, dict[str, str]]] = {}
@@ -222,17 +225,25 @@ def make_plan(
         )
     if extra:
         raise ValueError(
-            f"{where}: tensors this architecture does not have: {shown_names(extra)}: config.json is another model's, "
-            "or the model has added parts that no port here knows"
+            f"{_place(where, files, extra)}: tensors this architecture does not have: {shown_names(extra)}: "
+            "config.json is another model's, or the model has added parts that no port here knows"
         )
     for name, (row, numbers) in claimed.items():
         expected = expected_shape(row, [targets[named(target, numbers)] for target in targets_of(row)])
         if expected is not None and sources[name] != expected:
             raise ValueError(
-                f"{where}: tensor {name!r} has shape {list(sources[name])}: config.json says {list(expected)}"
+                f"{_place(where, files, [name])}: tensor {name!r} has shape {list(sources[name])}: config.json says "
+                f"{list(expected)}"
             )
     ignored = tuple((name, row) for name, (row, _) in claimed.items() if isinstance(row, Ignore))
     return Plan(tuple(_assignment(assigned[name], targets, name) for name in targets), ignored)
+
+
+def _place(where: str, files: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return the file of the tensors, if all are in one; else where all files are."""
+    found = {files.get(name) for name in names}
+    file = found.pop()
+    return where if found or file is None else f"{where}/{file}"
 
 
 Filling = tuple[Row, dict[str, str], list[str]]

@@ -21,8 +21,10 @@ from jaxpaged.models.read_ahead import Finish, ReadAhead
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_JSON_BYTES = 64 * 2**20
-FINITE_CHUNK = 2**20
-"""Elements looked at together for NaN and infinity."""
+LOOKED_AT = 2**20
+"""Elements looked at together for what no weight can be."""
+OVERFLOWING = 2.0**64
+"""The square of such a number is beyond float32, so that a norm makes nothing of it: no weight is so large."""
 COMPARED_BYTES = 16 * 2**20
 
 DTYPE_OF_CODE: dict[str, np.dtype] = {
@@ -292,10 +294,10 @@ def write_tensors(
     """Write the tensors into `folder`, drawing each from `read` once, and return the names of the files.
 
     Headers are known from `specs`, so that no more than one tensor is in memory; they say `format_name` (transformers
-    asks for "pt"). An array that is not as its spec says raises ValueError; one with a NaN or an infinity is written
+    asks for "pt"). An array that is not as its spec says raises ValueError; one that `is_unusable` is written
     as it is, and a warning names it. The `file` of a spec is not read.
     """
-    nonfinite: list[str] = []
+    unusable: list[str] = []
     file_of_name = shard_names(specs, max_shard_bytes)
     files = tuple(dict.fromkeys(file_of_name.values()))
     for file in files:
@@ -309,8 +311,8 @@ def write_tensors(
                         f"{file}: tensor {name!r} is {array.dtype}{list(array.shape)}, announced as "
                         f"{spec.dtype}{list(spec.shape)}"
                     )
-                if has_nonfinite(array):
-                    nonfinite.append(name)
+                if is_unusable(array):
+                    unusable.append(name)
                 # the bytes, seen as integers: bfloat16 has no buffer protocol
                 stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             stream.flush()
@@ -319,23 +321,31 @@ def write_tensors(
         total = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": file_of_name}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
-    if nonfinite:
-        warnings.warn(
-            f"NaN or infinite values in tensors {shown_names(nonfinite)}, written as they are: requests that meet them "
-            "end in an error; copy the checkpoint again from its source",
-            stacklevel=2,
-        )
+    warn_of_unusable(unusable, stacklevel=3)
     return files
 
 
-def has_nonfinite(array: np.ndarray) -> bool:
-    """Whether a float array has a NaN or an infinity; reads it once, with little memory of its own."""
+def is_unusable(array: np.ndarray) -> bool:
+    """Whether a float array has a NaN, an infinity or a number of OVERFLOWING or more; reads it once, copies none."""
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
-    # all bits of the exponent are set; on integers, as bfloat16 is slow in numpy
+    # on integers, as bfloat16 is slow in numpy: exponents are in the order of the numbers, NaN's and infinity's last
     exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    with np.errstate(over="ignore"):  # float16 ends before
+        least = np.array(OVERFLOWING).astype(array.dtype).view(bits.dtype)
     return any(
-        bool(((bits[at : at + FINITE_CHUNK] & exponent) == exponent).any()) for at in range(0, bits.size, FINITE_CHUNK)
+        bool(((bits[at : at + LOOKED_AT] & exponent) >= least).any()) for at in range(0, bits.size, LOOKED_AT)
     )
+
+
+def warn_of_unusable(names: Sequence[str], *, stacklevel: int) -> None:
+    """Warn, naming them, that tensors which were written `is_unusable`."""
+    if names:
+        warnings.warn(
+            f"values that are NaN, infinite or 2**64 and more in tensors {shown_names(names)}, written as they are: "
+            "requests that meet them end in an error, or their tokens are wrong; copy the checkpoint again from its "
+            "source",
+            stacklevel=stacklevel,
+        )
 
 
 def _header(specs: Mapping[str, TensorSpec], format_name: str) -> bytes:

@@ -171,8 +171,14 @@ FAULTS = {
     "config json": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
     "config gone": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), NORM),
-    "extra": (edit_tensors(lambda t: t.update(surprise=np.ones(2, np.float32))), "surprise"),
-    "shape": (edit_tensors(lambda t: t.update({NORM: np.ones(3, np.float32)})), NORM),
+    "extra": (
+        edit_tensors(lambda t: t.update(surprise=np.ones(2, np.float32))),
+        "model.safetensors: tensors this architecture does not have: surprise",
+    ),
+    "shape": (
+        edit_tensors(lambda t: t.update({NORM: np.ones(3, np.float32)})),
+        f"model.safetensors: tensor {NORM!r} has shape [3]: config.json says [32]",
+    ),
     "untied head": (edit_tensors(lambda t: t.update({"lm_head.weight": t[EMBED] + 1})), "lm_head.weight"),
     "traversal": (edit_index(lambda m: m.update({NORM: "../hf/model-00001-of-00002.safetensors"})), NORM),
     "absolute": (edit_index(lambda m: m.update({NORM: "/etc/passwd"})), "/etc/passwd"),

@@ -16,7 +16,7 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.parameters import fill, parameter_arrays, parameter_specs
 from jaxpaged.models.random_model import random_model
 from jaxpaged.models.registry import build_abstract
-from jaxpaged.models.tensor_files import has_nonfinite
+from jaxpaged.models.tensor_files import is_unusable
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=40, model_dim=16, mlp_dim=24, num_layers=2, num_q_heads=4,
@@ -71,29 +71,33 @@ def test_weights_can_be_loaded_in_another_type(tmp_path, model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_tensor_that_is_not_finite_is_written_as_it_is_and_named(tmp_path, dtype, value):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_a_tensor_that_no_weight_can_be_is_written_as_it_is_and_named(tmp_path, dtype, value):
     config = checkpoint.config_with_dtype(CONFIG, dtype)
     model = random_model(config, 0)
     kernel = model.layers[1].attention.query.kernel
     kernel[...] = kernel[...].at[0, 1].set(value)
-    with pytest.warns(UserWarning, match=r"NaN or infinite values in tensors .*layers\.1\.attention\.query\.kernel"):
+    with pytest.warns(UserWarning, match=r"NaN, infinite or .* in tensors layers\.1\.attention\.query\.kernel"):
         checkpoint.save(tmp_path / "native", config, model)
     written = checkpoint.load(tmp_path / "native")[1].layers[1].attention.query.kernel
     assert np.asarray(written[...]).tobytes() == np.asarray(kernel[...]).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", checkpoint.NUMPY_DTYPES["bfloat16"]])
-def test_the_largest_finite_number_is_finite_and_what_is_beyond_is_found_wherever_it_is(dtype):
+def test_large_numbers_are_usable_and_what_is_beyond_is_found_wherever_it_is(dtype):
     array = np.full((3, 700_001), np.finfo(np.float16).max, dtype)  # two chunks
     array[0, 0] = 0
-    assert not has_nonfinite(array)
-    assert not has_nonfinite(array[:, :0])
-    for value in (np.nan, np.inf, -np.inf):
+    assert not is_unusable(array)
+    assert not is_unusable(array[:, :0])
+    if dtype != "float16":
+        array[0, 0] = -(2.0**63)
+    assert not is_unusable(array)
+    beyond = () if dtype == "float16" else (2.0**64, -1e30)
+    for value in (np.nan, np.inf, -np.inf, *beyond):
         for at in (0, -1):
             broken = array.copy()
             broken[at, at] = value
-            assert has_nonfinite(broken)
+            assert is_unusable(broken)
 
 
 def test_tokenizer_files_travel_along(tmp_path, model):
