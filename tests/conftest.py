@@ -50,14 +50,24 @@ MOST_MAPPINGS = 20_000
 """Of memory: Linux gives a process 65,530, each compiled program takes some, and the one too many is a crash."""
 
 
+@pytest.fixture(scope="session")
+def drops() -> list[int]:
+    """The numbers of mappings at which compiled programs were dropped: what was warm before the last is not now."""
+    return []
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_dropped() -> Iterator[None]:
+def compiled_programs_are_dropped(drops: list[int]) -> Iterator[None]:
     """Between files, where this process holds many: what is needed again comes from the persistent cache."""
     yield
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+    if not mappings.exists():
+        return
+    num_mappings = len(mappings.read_text().splitlines())
+    if num_mappings > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+        drops.append(num_mappings)
 
 
 @pytest.fixture(scope="session")

@@ -44,13 +44,20 @@ else:
             host_memory_bytes=2**22, preemption="swap", show_progress=False,
         )
 
+    @pytest.fixture(scope="session")
+    def warm_at():
+        """How often compiled programs had been dropped when the model was last warmed up."""
+        return []
+
     @pytest.fixture(scope="module")
-    def holder(loaded):
-        """In each file all is run once more: compiled programs may have been dropped since (tests/conftest.py)."""
-        loaded.warm_up()
-        runner = loaded.engine.runner
-        for bucket in runner.shapes.buckets.all:
-            runner.warm_up(bucket, with_sampler=True)
+    def holder(loaded, drops, warm_at):
+        """All is run once more where compiled programs have been dropped since (tests/conftest.py)."""
+        if warm_at != [len(drops)]:
+            warm_at[:] = [len(drops)]
+            loaded.warm_up()
+            runner = loaded.engine.runner
+            for bucket in runner.shapes.buckets.all:
+                runner.warm_up(bucket, with_sampler=True)
         holder = Holder(loaded)
         yield holder
         holder.stop()

@@ -135,6 +135,7 @@ def test_each_request_is_one_line_of_json(llm, caplog):
 
 def test_metrics_have_vllms_names_and_add_up(server):
     before = server.metric("vllm:generation_tokens_total")
+    num_compiles = server.metric("jaxpaged:compiles_after_ready_total")
     server.complete(max_tokens=7)
     server.complete(max_tokens=5, stream=True)
     server.settle()
@@ -145,5 +146,5 @@ def test_metrics_have_vllms_names_and_add_up(server):
         assert server.metric(f"vllm:{name}_count") > 0
     accepted, finished = (server.metric(f"jaxpaged:requests_{name}_total") for name in ("accepted", "finished"))
     assert accepted == finished > 0
-    assert server.metric("jaxpaged:compiles_after_ready_total") == 0
+    assert server.metric("jaxpaged:compiles_after_ready_total") == num_compiles  # beams of another file have some
     assert server.metric("jaxpaged:http_requests_total", route="/v1/completions", status="200") >= 2
