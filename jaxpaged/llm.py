@@ -161,7 +161,7 @@ class LLM:
         given = _given(model, config)
         model_config, text_folder = given.config, given.folder if tokenizer is None else Path(tokenizer)
         config = with_checked_attention(config, model_config, model_config.dtype)
-        shapes, plan, cut = _plan(config, model_config)
+        shapes, plan, cut = _plan(config, model_config, logits_processors)
         if show_progress and (slow := missing_kernels(shapes.layout)) is not None:
             print(f"jaxpaged: {slow}", file=sys.stderr)
         put = None if mesh is None else Placement(mesh, cut).put
@@ -493,7 +493,9 @@ def _given(model: str | Path | Decoder, config: EngineConfig) -> _Given:
     return _Given(folder, read_config(folder, dtype), partial(load, folder))
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes, MemoryPlan, Cut]:
+def _plan(
+    config: EngineConfig, model_config: ModelConfig, logits_processors: Mapping[str, Callable[..., Any]] | None = None
+) -> tuple[RunnerShapes, MemoryPlan, Cut]:
     """Shapes, memory plan, and how parameters are cut over the devices, before any weight is there."""
     shapes = resolve_shapes(config, model_config, model_config.dtype)
     itemsize = jnp.dtype(model_config.dtype).itemsize
@@ -501,7 +503,10 @@ def _plan(config: EngineConfig, model_config: ModelConfig) -> tuple[RunnerShapes
     cut = cut_over(config.tensor_parallel_size, model)
     specs = parameter_specs(model)
     weight_bytes = sum(math.prod(cut.part_shape(path, spec.shape)) * itemsize for path, spec in specs.items())
-    plan = memory_plan(config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype)
+    plan = memory_plan(
+        config, model_config, shapes, weight_bytes=weight_bytes, dtype=model_config.dtype,
+        logits_processors=logits_processors,
+    )  # fmt: skip
     return shapes, plan, cut
 
 

@@ -78,7 +78,9 @@ def make_engine(
     } | options
     config = EngineConfig(**chosen)
     shapes = resolve_shapes(config, model_config, model_config.dtype)
-    plan = memory_plan(config, model_config, shapes, weight_bytes=0, dtype=model_config.dtype)
+    plan = memory_plan(
+        config, model_config, shapes, weight_bytes=0, dtype=model_config.dtype, logits_processors=logits_processors
+    )
     mesh = make_mesh(config.tensor_parallel_size)
     if mesh is not None:
         module = on_mesh(module, mesh)

@@ -124,6 +124,14 @@ def test_a_bad_function_is_refused_when_the_engine_is_made(model):
         make_engine(model, logits_processors={"half": lambda logits, context: logits.astype(jnp.float16)})
 
 
+def test_the_memory_plan_counts_the_arguments(model):
+    def wide(logits, context, *, table=np.zeros(1000, np.float32)):  # noqa: B008
+        return logits + table[0]
+
+    plain, counted = (make_engine(model, logits_processors=one).memory_plan for one in ({}, {"wide": wide}))
+    assert counted.sampler_bytes - plain.sampler_bytes == (8 + 1) * 4000
+
+
 def test_bans_hold_whatever_a_processor_says(model, prompts):
     params = SamplingParams(
         temperature=0, max_tokens=6, allowed_token_ids=[1, 2, 3],

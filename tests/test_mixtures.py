@@ -236,7 +236,7 @@ def test_those_mixtures_met_what_they_test(bench) -> None:
 
 
 @pytest.mark.slow
-@settings(quietly, max_examples=1500)
+@settings(quietly, max_examples=400)
 @given(name=st.sampled_from(sorted(ENGINES)), mixture=st.lists(any_request, min_size=4, max_size=12))
 def test_each_of_many_requests_gets_what_it_gets_alone(bench, name, mixture) -> None:
     check(bench, name, mixture)

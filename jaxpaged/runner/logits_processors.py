@@ -63,20 +63,49 @@ def trace_processors(
     keyword-only parameters are its arguments; the default of each tells its shape and type. It must be pure JAX: no
     side effect, no call back to the host.
     """
+    return tuple(
+        _trace(name, functions[name], defaults, vocab_size, max_model_len)
+        for name, defaults in _declared(functions).items()
+    )
+
+
+def _declared(functions: Any) -> dict[str, tuple[tuple[str, np.ndarray], ...]]:
+    """The names of the functions, and the arguments that they declare by their defaults; see `trace_processors`."""
     if not isinstance(functions, Mapping):
         raise ValueError(f"logits_processors must be a mapping of names to functions, not {type(functions).__name__}")
     if len(functions) > MAX_LOGITS_PROCESSORS:
         raise ValueError(f"{len(functions)} logits_processors; at most {MAX_LOGITS_PROCESSORS} are allowed")
-    return tuple(_trace(name, function, vocab_size, max_model_len) for name, function in functions.items())
+    declared = {}
+    for name, function in functions.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"logits_processors has the name {name!r}: it must be a non-empty string")
+        what = f"logits_processors[{name!r}]"
+        if not callable(function):
+            kind = type(function).__name__
+            raise ValueError(f"{what} is a {kind}, not a function of (logits, context, *, arguments)")
+        declared[name] = _defaults(what, function)
+    return declared
 
 
-def _trace(name: Any, function: Any, vocab_size: int, max_model_len: int) -> LogitsProcessor:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"logits_processors has the name {name!r}: it must be a non-empty string")
+def table_bytes(functions: Any, num_rows: int) -> int:
+    """Device memory of the arguments of `num_rows` sequences and the dummy row, before anything is traced.
+
+    Raises ValueError as `trace_processors` does, and where they take too much.
+    """
+    defaults = _declared(functions).values()
+    num_bytes = (num_rows + 1) * sum(default.nbytes for of_one in defaults for _, default in of_one)
+    if num_bytes > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"the arguments of logits_processors take {num_bytes:,} bytes for {num_rows} sequences; at most "
+            f"{MAX_TABLE_BYTES:,} are allowed: make the arguments smaller, or lower max_num_seqs"
+        )
+    return num_bytes
+
+
+def _trace(
+    name: str, function: Any, defaults: tuple[tuple[str, np.ndarray], ...], vocab_size: int, max_model_len: int
+) -> LogitsProcessor:
     what = f"logits_processors[{name!r}]"
-    if not callable(function):
-        raise ValueError(f"{what} is a {type(function).__name__}, not a function of (logits, context, *, arguments)")
-    defaults = _defaults(what, function)
     row = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     tokens = jax.ShapeDtypeStruct((max_model_len,), jnp.int32)
@@ -140,13 +169,7 @@ def _primitives(jaxpr: Any) -> list[str]:
 
 
 def init_tables(processors: tuple[LogitsProcessor, ...], num_rows: int) -> Tables:
-    """Tables of `num_rows` rows and the dummy row, all at their defaults; ValueError if they take too much memory."""
-    num_bytes = (num_rows + 1) * sum(default.nbytes for p in processors for _, default in p.defaults)
-    if num_bytes > MAX_TABLE_BYTES:
-        raise ValueError(
-            f"the arguments of logits_processors take {num_bytes:,} bytes for {num_rows} sequences; at most "
-            f"{MAX_TABLE_BYTES:,} are allowed: make the arguments smaller, or lower max_num_seqs"
-        )
+    """Tables of `num_rows` rows and the dummy row, all at their defaults."""
     return tuple(
         tuple(jnp.asarray(np.broadcast_to(default, (num_rows + 1, *default.shape))) for _, default in p.defaults)
         for p in processors

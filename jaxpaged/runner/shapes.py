@@ -1,8 +1,9 @@
 """What follows from the configs before any weight is loaded: buckets, KV layout, lengths, and the memory plan."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxpaged.models.layer_groups import LayerGroups, group_layers
 from jaxpaged.runner.buckets import Bucket, Buckets, make_buckets
 from jaxpaged.runner.input_batch import Attending, PackedLayout, ProcessorBits, RowTables
 from jaxpaged.runner.kv_cache import MemoryPlan, plan_memory
+from jaxpaged.runner.logits_processors import table_bytes
 from jaxpaged.runner.sampler import state_bytes
 from jaxpaged.sharding import HeadCounts, cut_heads
 from pallas_kernels import KVLayout, linear_misfit, target_platform
@@ -176,9 +178,19 @@ def missing_kernels(layout: KVLayout) -> str | None:
 
 
 def memory_plan(
-    engine_config: EngineConfig, model_config: ModelConfig, shapes: RunnerShapes, *, weight_bytes: int, dtype: str
+    engine_config: EngineConfig,
+    model_config: ModelConfig,
+    shapes: RunnerShapes,
+    *,
+    weight_bytes: int,
+    dtype: str,
+    logits_processors: Mapping[str, Callable[..., Any]] | None = None,
 ) -> MemoryPlan:
-    """The memory plan of a model, before or after its weights are loaded; `weight_bytes` are those of one device."""
+    """The memory plan of a model, before or after its weights are loaded; `weight_bytes` are those of one device.
+
+    Raises ValueError as `plan_memory` does, and for arguments of logits processors that take too much memory.
+    """
+    state = state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size)
     largest = shapes.buckets.all[-1]
     return plan_memory(
         engine_config,
@@ -187,7 +199,7 @@ def memory_plan(
         weight_bytes=weight_bytes,
         layer_block_bytes=shapes.layout.block_bytes,
         groups=shapes.groups,
-        sampler_bytes=state_bytes(shapes.num_rows, shapes.max_model_len, model_config.vocab_size),
+        sampler_bytes=state + table_bytes(logits_processors or {}, shapes.num_rows),
         itemsize=jnp.dtype(dtype).itemsize,
         max_model_len=shapes.max_model_len,
         num_tokens=largest.num_tokens,

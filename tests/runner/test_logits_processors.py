@@ -16,6 +16,7 @@ from jaxpaged.runner.logits_processors import (
     init_tables,
     load_arguments,
     pack_arguments,
+    table_bytes,
     trace_processors,
     used_bits,
 )
@@ -202,7 +203,15 @@ def test_wrong_collections_and_too_much_are_refused():
         return logits + table[0, 0]
 
     with pytest.raises(ValueError, match="lower max_num_seqs"):
-        init_tables(traced(large=large), MAX_TABLE_BYTES // 2**22)
+        table_bytes({"large": large}, MAX_TABLE_BYTES // 2**22)
+
+
+def test_the_tables_take_the_bytes_that_are_said_before_anything_is_traced():
+    functions = {"scale": scale, "favour": favour}
+    tables = init_tables(traced(**functions), 5)
+    held = sum(array.nbytes for of_one in tables for array in of_one)
+    # six rows of: a factor; three ids, three bonuses and a switch
+    assert table_bytes(functions, 5) == held == 6 * (4 + 3 * 4 + 3 * 4 + 1)
 
 
 @pytest.mark.parametrize(
