@@ -12,6 +12,7 @@ cache from a run before (bar: 15 s), and then the programs that some requests of
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +27,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 
 from bench.offline import as_arguments
 from bench.record import describe_run, note, write_result
@@ -78,9 +78,14 @@ class ServerProcess:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         raise RuntimeError(f"the server is not {event}: {lines[-1] if lines else 'it said nothing'}")
 
-    def cpu_s(self) -> float:
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
+    def cpu_s(self) -> float | None:
+        """CPU seconds of all its threads so far; None where the system has no /proc."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        if not stat.exists():
+            return None
+        # behind the name, which may hold anything: state is field 3, user and system time 14 and 15
+        fields = stat.read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def metric(self, name: str) -> float:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
@@ -151,7 +156,8 @@ def serve_once(server: ServerProcess, client: Worker, requests: Sequence[BenchRe
     """One run over HTTP. ValueError unless every stream had exactly its tokens."""
     cpu_before = server.cpu_s()
     reply = client.call("run", port=server.port, bodies=bodies_of(requests, salt))
-    server_cpu_s = server.cpu_s() - cpu_before
+    cpu_after = server.cpu_s()
+    server_cpu_s = None if cpu_before is None or cpu_after is None else cpu_after - cpu_before
     for index, (request, stream) in enumerate(zip(requests, reply["streams"], strict=True)):
         num_tokens = stream["usage"]["completion_tokens"]
         if num_tokens != request.max_tokens:
@@ -226,7 +232,7 @@ def result_of(
         "ratios": [after / before for before, after in zip(offline, served, strict=True)],
         "bar_ratio": BAR_RATIO,
         "offline_cpu_s": median(run["cpu_s"] for run in offline_runs),
-        "server_cpu_s": median(run["server_cpu_s"] for run in served_runs),
+        "server_cpu_s": median(run["server_cpu_s"] for run in served_runs) if served_runs[0]["server_cpu_s"] else None,
         "client_cpu_s": median(run["client_cpu_s"] for run in served_runs),
         "num_pieces": sum(len(stream["times_s"]) for stream in served_runs[-1]["streams"]),
         **latencies(served_runs),
@@ -240,8 +246,8 @@ def print_report(result: dict[str, Any]) -> None:
         rates = [median(serving[name]) for name in ("offline_tokens_per_s", "served_tokens_per_s")]
         print(f"{serving['shape']}, {serving['num_streams']} streams, {serving['num_tokens']} tokens a run")
         print(f"  offline {rates[0]:8.1f} tokens/s   CPU {serving['offline_cpu_s']:.1f} s")
-        print(f"  served  {rates[1]:8.1f} tokens/s   CPU {serving['server_cpu_s']:.1f} s server, "
-              f"{serving['client_cpu_s']:.1f} s client")  # fmt: skip
+        server_cpu = "?" if serving["server_cpu_s"] is None else f"{serving['server_cpu_s']:.1f}"
+        print(f"  served  {rates[1]:8.1f} tokens/s   CPU {server_cpu} s server, {serving['client_cpu_s']:.1f} s client")
         print(f"  ratio   {serving['ratio']:8.3f} (bar {BAR_RATIO})")
         for name, label in (("ttft", "first token"), ("itl", "between pieces")):
             p50_ms, p99_ms = (serving[f"{name}_p{percent}_s"] * 1e3 for percent in (50, 99))
