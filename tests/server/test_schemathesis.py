@@ -66,14 +66,16 @@ def fuzz_all(server, schema, num_examples):
 def test_no_drawn_request_gets_what_the_document_does_not_foresee(server, schema):
     counts = fuzz_all(server, schema, 60)
     assert sum(counts["/v1/completions", GenerationMode.NEGATIVE].values()) > 20
-    for path in BODIES:  # some of what the document allows is answered, and what it forbids is not
-        assert counts[path, GenerationMode.POSITIVE][200] > 0, counts
+    for path in BODIES:
         assert counts[path, GenerationMode.NEGATIVE][400] > counts[path, GenerationMode.NEGATIVE][200], counts
+    # what is drawn depends on what else was imported, and fields that each may stand often exclude each other
+    assert sum(counts[path, GenerationMode.POSITIVE][200] for path in BODIES) > 0, counts
 
 
 @pytest.mark.slow
 def test_no_drawn_request_of_thousands_gets_what_the_document_does_not_foresee(server, schema):
-    fuzz_all(server, schema, 1500)
+    counts = fuzz_all(server, schema, 1500)
+    assert all(counts[path, GenerationMode.POSITIVE][200] > 0 for path in BODIES), counts
 
 
 def test_the_document_is_served_and_names_every_route(server):
