@@ -10,7 +10,6 @@ VERBS = {
     "kernels": ("bench.kernels", "paged attention against its reference, its peers and the machine's ceilings"),
     "llama8b": ("bench.llama8b", "tokens a second of an 8B Llama on one accelerator"),
     "beams": ("bench.beams", "beam search beside transformers'"),
-    "serving": ("bench.serving", "the server at 64 streams beside the offline engine, and how soon it is ready"),
     "structured": ("bench.structured", "what JSON-schema output costs a step"),
     "moe": ("bench.moe", "a mixture of experts against its dense twin"),
     "load": ("bench.load", "loading a checkpoint against reading its files"),
