@@ -103,7 +103,7 @@ def test_calls_are_found_and_all_else_is_content_wherever_a_stream_is_cut(dialec
         expected = (text, [])
     assert read(text, dialect) == expected
     assert read_deltas(list(text), dialect) == expected
-    for at in range(0, len(text) + 1, 1 + len(text) // 500):
+    for at in range(0, len(text) + 1, 1 + len(text) // 200):
         assert read_deltas([text[:at], text[at:]], dialect) == expected, at
         assert message_of(events_of([text[:at], text[at:]], dialect))["content"] == expected[0], at
 
