@@ -1,6 +1,7 @@
 """Orbax folders: the same model by every road, restored onto its devices, every fault refused by name."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -341,9 +342,9 @@ def test_a_trainers_damaged_data_is_refused_by_name_and_leaves_nothing_behind(na
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1
-    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert f"{folder / 'orbax'}: " in error
-    assert "cannot be restored" in error
+    # threads of orbax may write to the same line
+    told = re.findall(f"error: {re.escape(str(folder / 'orbax'))}: .*cannot be restored", done.stderr)
+    assert len(told) == 1, done.stderr
     assert done.stdout == ""
     assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
 
