@@ -56,8 +56,7 @@ def open_checkpoint(
     values = read_json(source / "config.json")
     if values.get("format") == checkpoint.FORMAT:
         raise ValueError(f"{source}: is a native checkpoint already: load it as it is")
-    _refuse_remote_code(source / "config.json")
-    _refuse_remote_code(source / "tokenizer_config.json")
+    checkpoint.refuse_remote_code(source)
     with TensorFolder(source) as tensors:
         name = _architecture_name(source, values)
         first = next(iter(tensors.specs.values()), None)
@@ -92,11 +91,6 @@ def _rows(conversion: Conversion, config: ModelConfig, tensors: TensorFolder) ->
         else replace(row, source=row.source.removeprefix(prefix))
         for row in rows
     )
-
-
-def _refuse_remote_code(path: Path) -> None:
-    if path.is_file() and read_json(path).get("auto_map"):
-        raise ValueError(f"{path}: auto_map asks for code of the checkpoint: no remote code is ever run")
 
 
 def _architecture_name(source: Path, values: Mapping[str, Any]) -> str:

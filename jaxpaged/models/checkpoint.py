@@ -35,12 +35,13 @@ from jaxpaged.models.tensor_files import TensorFolder, TensorSpec, read_json, wr
 FORMAT = "jaxpaged"
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
 GENERATION_REMEDY = "correct it there, or take the field out to go without it"
 COMPANION_FILES = (
     GENERATION_FILE,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -59,6 +60,13 @@ def check_dtype(dtype: str | None) -> None:
     """Raise ValueError unless `dtype` is None (the checkpoint's own) or one that weights may be kept as."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None for the checkpoint's own")
+
+
+def refuse_remote_code(folder: Path) -> None:
+    """Raise ValueError, naming the file, if one of the folder's asks for code of the checkpoint."""
+    for path in (folder / CONFIG_FILE, folder / TOKENIZER_CONFIG_FILE):
+        if path.is_file() and read_json(path).get("auto_map"):
+            raise ValueError(f"{path}: auto_map asks for code of the checkpoint: no remote code is ever run")
 
 
 def is_native(folder: Path) -> bool:
@@ -107,6 +115,7 @@ def read_config(folder: Path, *, format_name: str = FORMAT) -> ModelConfig:
     `format_name` is what config.json calls a format that keeps its facts in the same way. ValueError naming the file
     for anything else.
     """
+    refuse_remote_code(folder)
     path = folder / CONFIG_FILE
     values = read_json(path)
     if values.pop("format", None) != format_name:

@@ -349,6 +349,20 @@ def test_a_trainers_damaged_data_is_refused_by_name_and_leaves_nothing_behind(na
     assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["native", "orb"])
+def test_code_of_a_checkpoint_is_refused_in_our_own_formats_too(native, folder, capsys, kind, file):
+    path = native.parent / kind / file
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
+    said = f"{kind}/{file}: auto_map asks for code of the checkpoint"
+    with pytest.raises(ValueError, match=said):
+        load(path.parent)
+    assert main([str(path.parent), str(native.parent / "out"), "--to", "huggingface", "--quiet"]) == 1
+    assert said in capsys.readouterr().err
+    assert {entry.name for entry in native.parent.iterdir()} == {"native", "orb"}
+
+
 def test_a_bare_orbax_checkpoint_is_told_what_it_lacks(folder):
     with pytest.raises(ValueError, match="an Orbax checkpoint, but no config.json beside it"):
         load(folder / "orbax")
