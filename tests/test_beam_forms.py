@@ -182,7 +182,7 @@ def test_hypotheses_are_those_of_a_search_over_full_forwards_and_follow_the_form
 ) -> None:
     params = [forms(kind, **options) for options in OPTIONS for _ in range(2)]
     chosen = [prompts[0], prompts[3]] * len(OPTIONS)
-    got = run(make_engine(model, tokenizer, max_num_seqs=16), chosen, params)
+    got = run(make_engine(model, tokenizer, **INVARIANT), chosen, params)
     language, form = FORMS[kind][1], replayed(tokenizer, kind)
     num_stopped = 0
     for output, prompt, asked in zip(got.outputs, chosen, params, strict=True):
@@ -206,7 +206,7 @@ def test_a_language_of_few_texts_gives_no_more_hypotheses_than_it_has(model, tok
     """Spelled with single letters only, two texts are two hypotheses, of the four that are wanted."""
     wanted, allowed = StructuredOutputsParams(regex="a[bc]"), singles(tokenizer, "abc")
     params = BeamSearchParams(beam_width=4, max_tokens=9, structured_outputs=wanted, allowed_token_ids=allowed)
-    (output,) = run(make_engine(model, tokenizer), prompts[:1], params).outputs
+    (output,) = run(make_engine(model, tokenizer, **INVARIANT), prompts[:1], params).outputs
     assert sorted(completion.text for completion in output.outputs) == ["ab", "ac"]
     form = Replayed(tokenizer, wanted, finite(["ab", "ac"]))
     assert_found(output, reference.search(prompts[0], params, form=form))
@@ -216,7 +216,7 @@ def test_a_beam_that_everything_is_forbidden_to_dies_alone(model, tokenizer, pro
     """After "a" only "x" or "y" may come, which are not allowed; after "b" the text goes on."""
     wanted, allowed = StructuredOutputsParams(regex="a[xy]|b[bc]{4}"), singles(tokenizer, "abc")
     params = BeamSearchParams(beam_width=4, max_tokens=9, structured_outputs=wanted, allowed_token_ids=allowed)
-    (output,) = run(make_engine(model, tokenizer), prompts[:1], params).outputs
+    (output,) = run(make_engine(model, tokenizer, **INVARIANT), prompts[:1], params).outputs
     assert {completion.finish_reason for completion in output.outputs} == {"stop"}
     assert len({completion.text for completion in output.outputs}) == 4
     assert all(re.fullmatch("b[bc]{4}", completion.text) for completion in output.outputs)
@@ -406,7 +406,7 @@ def edit(asked):
         if "forbid_repeats" in asked:
             logits[[*prompt, *outputs][-asked["forbid_repeats"].get("window", 8) :]] = -np.inf
         if "favour" in asked:
-            logits[list(asked["favour"]["ids"])] += asked["favour"]["bonus"]
+            np.add.at(logits, list(asked["favour"]["ids"]), asked["favour"]["bonus"])
         return logits
 
     return edited
@@ -425,6 +425,26 @@ def test_processors_see_each_beams_own_tokens(tokenizer, reference, prompts, edi
         form = replayed(tokenizer, "regex") if params.structured_outputs else None
         expected = reference.search(prompts[index], params, form=form, edit=edit(asked))
         assert_found(edited_ample.outputs[index], expected)
+
+
+def test_a_beam_whose_best_continuation_ends_remembers_the_token_it_went_on_with(
+    model, tokenizer, reference, prompts
+) -> None:
+    """The device draws the favoured stop token for it, and a processor must not find that among its tokens."""
+    asked = {"forbid_repeats": {"window": 100}, "favour": {"ids": [300, 300, 300, 5], "bonus": 1.0}}
+    params = BeamSearchParams(
+        beam_width=3, max_tokens=10, stop_token_ids=[300], length_penalty=2.0, logits_processors=asked,
+        allowed_token_ids=[*range(50, 62), 300],
+    )
+    got = run(make_engine(model, tokenizer, logits_processors=PROCESSORS, **INVARIANT), prompts, params)
+    num_ended = 0
+    for output, prompt in zip(got.outputs, prompts, strict=True):
+        assert_found(output, reference.search(prompt, params, edit=edit(asked)))
+        for completion in output.outputs:
+            assert len(set(completion.token_ids)) == len(completion.token_ids)
+            num_ended += completion.token_ids[-1] == 300
+    assert num_ended > 3
+    assert any(len(completion.token_ids) > 2 for output in got.outputs for completion in output.outputs)
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
@@ -460,7 +480,7 @@ def test_unknown_processors_and_arguments_are_refused_at_the_door(model, tokeniz
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"])
 def test_log_probabilities_are_raw_or_processed_by_choice(model, tokenizer, reference, prompts, mode) -> None:
-    engine = make_engine(model, tokenizer, logits_processors=PROCESSORS, logprobs_mode=mode)
+    engine = make_engine(model, tokenizer, logits_processors=PROCESSORS, logprobs_mode=mode, **INVARIANT)
     params = forms("regex", 3, logits_processors={"favour": ASKED["favour"]}, logit_bias={66: 1.5}, logprobs=2)
     (output,) = run(engine, prompts[:1], params).outputs
     form = replayed(tokenizer, "regex")
