@@ -11,7 +11,7 @@ OTHER_KEYS = ("id", "type")
 MAX_DEPTH = 64
 WHITESPACE = " \t\n\r"
 _STRING_RUN = re.compile(r'[^"\\]*')
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz-+.0123456789E")
+_PLAIN_RUN = re.compile(r"[-+.a-z0-9E]*")
 """Characters of numbers, true, false and null."""
 
 
@@ -133,9 +133,10 @@ class CallScanner:
         character = text[at]
         if self._value is not None and self._depth == 1 and self._value_kind not in ("{", "[", '"'):
             # within a number or a word, which the next mark ends
-            if character in _PLAIN:
-                self._add(character)
-                return at + 1
+            end = _plain_end(text, at)
+            if end > at:
+                self._add(text[at:end])
+                return end
             self._end_value()
             if self.outcome is not Outcome.OPEN:
                 return at
@@ -144,14 +145,14 @@ class CallScanner:
                 self._add(character)
             return at + 1
         if self._depth > 1:
-            return self._read_nested(character, at)
+            return self._read_nested(text, at)
         if self._place is _Place.BRACE and character == "{":
             self._depth, self._place = 1, _Place.KEY
         elif self._place is _Place.KEY and character == '"':
             self._in_string, self._value, self._value_kind = True, ['"'], '"'
         elif self._place is _Place.COLON and character == ":":
             self._place = _Place.VALUE
-        elif self._place is _Place.VALUE and (character in '"{[' or character in _PLAIN):
+        elif self._place is _Place.VALUE and (character in '"{[' or _plain_end(text, at) > at):
             self._begin_value(character)
         elif self._place is _Place.COMMA and character == ",":
             self._place = _Place.KEY
@@ -172,7 +173,12 @@ class CallScanner:
         self._in_string = character == '"'
         self._depth += character in "{["
 
-    def _read_nested(self, character: str, at: int) -> int:
+    def _read_nested(self, text: str, at: int) -> int:
+        end = _plain_end(text, at)
+        if end > at:
+            self._add(text[at:end])
+            return end
+        character = text[at]
         if character in "{[":
             self._depth += 1
             if self._depth > MAX_DEPTH:
@@ -182,7 +188,7 @@ class CallScanner:
             self._depth -= 1
         elif character == '"':
             self._in_string = True
-        elif character not in _PLAIN and character not in ",:":
+        elif character not in ",:":
             self.outcome = Outcome.BROKEN
             return at
         self._add(character)
@@ -217,6 +223,13 @@ class CallScanner:
         elif not self._has_arguments:
             self._arguments.append("{}")
             self._has_arguments = True
+
+
+def _plain_end(text: str, at: int) -> int:
+    """Where the run of _PLAIN_RUN at text[at:] ends."""
+    match = _PLAIN_RUN.match(text, at)
+    assert match is not None  # it matches nothing at least
+    return match.end()
 
 
 def _decoded(pieces: list[str] | None) -> Any:
