@@ -18,7 +18,7 @@ from jaxpaged.server.errors import ApiError
 from jaxpaged.server.exchange import EventStream, JsonResponse, read_json_bytes, while_connected
 from jaxpaged.server.gate import LOG, Gate
 from jaxpaged.server.metrics import Metrics
-from jaxpaged.server.openapi import make_document
+from jaxpaged.server.openapi import document_bytes
 from jaxpaged.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
 from jaxpaged.server.service import Service
 
@@ -196,7 +196,7 @@ async def _version(service: Service, request: Request) -> Response:
 
 
 async def _document(service: Service, request: Request) -> Response:
-    return JsonResponse(make_document())
+    return Response(document_bytes(), media_type="application/json")
 
 
 async def _metrics(metrics: Metrics) -> Response:
