@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from server_harness import events_of, read_all, running_server
 
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.core.scheduler_output import RunnerOutput
 from jaxpaged.engine.chat_template import ChatTemplate
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.grammars import _Library
-from jaxpaged.runner.model_runner import ModelRunner
+from jaxpaged.runner.model_runner import InFlight, ModelRunner
 from jaxpaged.server.tool_parser import Content, ToolParser
 
 JSON = {"content-type": "application/json"}
@@ -314,9 +315,10 @@ def test_a_client_that_leaves_ends_its_request_within_a_step(server, monkeypatch
         other.close()
 
 
-def test_a_client_that_leaves_while_its_request_is_swapped_out_ends_it(server, monkeypatch):
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_leaves_while_its_request_is_swapped_out_ends_it(server, monkeypatch, is_streamed):
     slow_steps(monkeypatch)
-    body = {"max_tokens": 100, "ignore_eos": True, "stream": True}
+    body = {"max_tokens": 100, "ignore_eos": True, "stream": is_streamed}
     connections = [server.send_raw("/v1/completions", {**body, "prompt": [number] * 20}) for number in range(4)]
     scheduler = server.llm.engine.scheduler
     server.wait_until(lambda: scheduler.counts().swapped > 0)
@@ -380,6 +382,38 @@ def test_an_error_of_the_device_ends_what_it_touched_and_the_server_goes_on(serv
     assert error["type"] == "server_error"
     assert server.http.get("/health").status_code == 200
     assert server.complete(max_tokens=9).json()["choices"][0]["text"] == expected
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_request_whose_logits_are_nan_ends_alone_and_is_counted(server, monkeypatch, is_streamed):
+    read, bad = InFlight.read, (7, 8, 9)
+
+    def with_nan(step):
+        outputs = read(step).outputs
+        return RunnerOutput(tuple(
+            one._replace(is_finite=one.is_finite and not (
+                item.sequence.request.prompt_token_ids == bad and item.sequence.num_output_tokens > 3
+            ))
+            for item, one in zip(step.plan.scheduled, outputs, strict=bool(outputs))
+        ))
+
+    counted = {"name": "vllm:request_success_total", "finished_reason": "error"}
+    num_before = server.metric(**counted)
+    slow_steps(monkeypatch)  # so that pieces come before the fault
+    with server.send_raw("/v1/completions", {"prompt": "x", "max_tokens": 30, "ignore_eos": True}) as other:
+        monkeypatch.setattr(InFlight, "read", with_nan)
+        answer = server.complete(list(bad), max_tokens=30, ignore_eos=True, stream=is_streamed)
+        if is_streamed:
+            *chunks, last = events_of(answer)
+            assert chunks
+            error = last["error"]
+        else:
+            error = refused(answer, 500)
+        assert error["code"] == "generation_failed"
+        assert "NaN" in error["message"]
+        assert b'"completion_tokens":30' in read_all(other)
+    assert server.http.get("/health").status_code == 200
+    assert server.metric(**counted) == num_before + 1
 
 
 def test_an_error_behind_the_first_piece_goes_into_the_stream(server, monkeypatch):
