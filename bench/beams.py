@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-beams-") as scratch:
         measured = play(shape, args, Path(scratch))
     result = {
-        "bench": "beams", **describe_run("bench.beams", arguments), "shape": args.shape, "dtype": args.dtype,
+        **describe_run("bench.beams", arguments), "shape": args.shape, "dtype": args.dtype,
         "num_prompts": args.num_prompts, "prompt_len": args.prompt_len, "num_new_tokens": args.num_new_tokens,
         "seed": args.seed, **measured,
     }  # fmt: skip

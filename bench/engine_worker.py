@@ -26,42 +26,32 @@ class EngineWorker:
         self, prompts: list[list[int]], max_tokens: list[int], detokenize: bool = False
     ) -> dict[str, Any]:
         """All requests at once, at time 0, greedy, to exactly their `max_tokens`; the prefix cache starts empty."""
-        llm = self._llm
-        assert llm is not None
-        llm.reset_prefix_cache()
         params = [
             SamplingParams(temperature=0, max_tokens=num, ignore_eos=True, detokenize=detokenize) for num in max_tokens
         ]
+        return self._run(prompts, params)
+
+    def beam_search(self, prompts: list[list[int]], width: int, num_new_tokens: int) -> dict[str, Any]:
+        """All searches at once; of each the best hypothesis. The prefix cache starts empty."""
+        return self._run(prompts, BeamSearchParams(beam_width=width, max_tokens=num_new_tokens, ignore_eos=True))
+
+    def _run(self, prompts: list[list[int]], params: Any) -> dict[str, Any]:
+        """Seconds, CPU seconds and host times of one call, and what came first of each prompt."""
+        llm = self._llm
+        assert llm is not None
+        llm.reset_prefix_cache()
         before = host_stats(llm)
         cpu_before = time.process_time()
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         elapsed_s = time.perf_counter() - start
         cpu_s = time.process_time() - cpu_before
-        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         after = host_stats(llm)
         return {
             "elapsed_s": elapsed_s,
             "cpu_s": cpu_s,
-            "token_ids": token_ids,
-            "texts": [output.outputs[0].text for output in outputs],
-            "host": {name: after[name] - before[name] for name in after},
-        }
-
-    def beam_search(self, prompts: list[list[int]], width: int, num_new_tokens: int) -> dict[str, Any]:
-        """All searches at once; of each the best hypothesis. The prefix cache starts empty."""
-        llm = self._llm
-        assert llm is not None
-        llm.reset_prefix_cache()
-        params = BeamSearchParams(beam_width=width, max_tokens=num_new_tokens, ignore_eos=True)
-        before = host_stats(llm)
-        start = time.perf_counter()
-        outputs = llm.beam_search([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        elapsed_s = time.perf_counter() - start
-        after = host_stats(llm)
-        return {
-            "elapsed_s": elapsed_s,
             "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "texts": [output.outputs[0].text for output in outputs],
             "host": {name: after[name] - before[name] for name in after},
         }
 

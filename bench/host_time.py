@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for num_seqs in args.num_seqs:
         rows.append(measure(num_seqs, context_len=args.context_len, num_steps=args.num_steps))
         note(f"{num_seqs} sequences: {rows[-1]['host_ms']:.3f} ms a step")
-    result = {"bench": "host_time", **describe_run("bench.host_time", arguments), "context_len": args.context_len}
+    result = {**describe_run("bench.host_time", arguments), "context_len": args.context_len}
     result |= {"num_steps": args.num_steps, "rows": rows}
     print(f"{'sequences':>9}{'schedule':>10}{'build':>9}{'update':>9}"
           f"{'total ms':>10}{'min ms':>9}{'p95 ms':>9}{'us a seq':>10}")

@@ -230,7 +230,7 @@ def main_on_device(arguments: Sequence[str]) -> int:
     if is_small:
         note("on a CPU, kernels are interpreted: these times say nothing about hardware")
     found = measure(args.implementations, chosen, num_layers=args.num_layers, repeats=args.repeats, is_small=is_small)
-    result = {"bench": "kernels", **describe_run("bench.kernels", arguments), "device": kind, "jax": jax.__version__}
+    result = {**describe_run("bench.kernels", arguments), "device": kind, "jax": jax.__version__}
     result["is_interpreted"] = is_small
     write_result(result | found, args.output)
     return 0
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"{row['fraction_of_ceiling']:7.0%}{row['compile_s']:11.1f}")  # fmt: skip
     for row in skipped:
         print(f"{row['case']:<30}{row['implementation']:<16}not timed: {row['because']}")
-    result = {"bench": "kernels", **describe_run("bench.kernels", arguments), "dtype": args.dtype}
+    result = {**describe_run("bench.kernels", arguments), "dtype": args.dtype}
     result |= {"device": jax.devices()[0].device_kind, "num_layers": args.num_layers}
     result |= {"read_bytes_per_s": bandwidth, "matmul_flops_per_s": matmul_rate, "rows": rows, "not_timed": skipped}
     write_result(result, args.output)

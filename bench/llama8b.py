@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("a tiny model: these figures say nothing about an 8B Llama")
     keep_compiles()
     scale = SMALL_SCALE if is_small else FULL_SCALE
-    result = {"bench": "llama8b", **describe_run("bench.llama8b", arguments), "device": kind, "jax": jax.__version__}
+    result = {**describe_run("bench.llama8b", arguments), "device": kind, "jax": jax.__version__}
     result |= {"is_small": is_small, "dtype": scale.model.dtype, "engine_options": scale.options}
     result["published"] = [
         {"workload": name, "output_tokens_per_s": figure, "by": by} for name, figure, by in PUBLISHED

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{row['format']:<12}{row['load_bytes_per_s'] / 1e9:10.2f}{min(loads) / 1e9:7.2f}{max(loads) / 1e9:7.2f}"
               f"{ceiling / 1e9:11.2f}{row['fraction_of_read']:7.0%}"
               f"{(row['peak_bytes'] - weight_bytes(config)) / 1e6:13.1f} MB")  # fmt: skip
-    result = {"bench": "load", **describe_run("bench.load", arguments), "dtype": config.dtype}
+    result = {**describe_run("bench.load", arguments), "dtype": config.dtype}
     result |= {"weight_bytes": weight_bytes(config), "largest_tensor_bytes": largest, "rows": rows}
     write_result(result, args.output)
     return 0

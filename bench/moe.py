@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         cells = " ".join(f"{row['ms'][name]:12.2f}" for name in functions)
         print(f"{row['num_tokens']:7d} {row['num_experts_hit']:4d} {cells} {row['dense_over_blocks']:15.1f}")
-    result = {"bench": "moe", **describe_run("bench.moe", arguments), "jax": jax.__version__}
+    result = {**describe_run("bench.moe", arguments), "jax": jax.__version__}
     result |= {"device": jax.devices()[0].device_kind, "rows": rows}
     write_result(result, args.output)
     return 0

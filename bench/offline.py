@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parse(arguments)
-    result: dict[str, Any] = {"bench": "offline", **describe_run("bench.offline", arguments), "dtype": args.dtype}
+    result: dict[str, Any] = {**describe_run("bench.offline", arguments), "dtype": args.dtype}
     result |= {"seed": args.seed, "is_quick": args.quick, "shapes": []}
     with tempfile.TemporaryDirectory(prefix="bench-offline-") as scratch:
         for name in args.shape:

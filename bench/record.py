@@ -14,9 +14,10 @@ from bench.worker import PROJECT_ROOT
 
 
 def describe_run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Date, command, commit and host of this run. Absolute paths in the command are cut to their last part."""
+    """Name, date, command, commit and host of this run. Absolute paths in the command are cut to their last part."""
     shown = [part if not Path(part).is_absolute() else Path(part).name for part in arguments]
     return {
+        "bench": module.removeprefix("bench."),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", module, *shown]),
         "commit": _commit(),

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 times.append(run_s(llm, [fresh], 1) * 1e3)
             note(f"{repeat} of {options.repeats} done")
 
-    result = {"bench": "steps", **describe_run("bench.steps", arguments), "shape": shape.name, "dtype": options.dtype}
+    result = {**describe_run("bench.steps", arguments), "shape": shape.name, "dtype": options.dtype}
     for name, unit, series in (("decode", "sequences", decode_ms), ("prefill", "tokens", prefill_ms)):
         result[f"{name}_ms"] = {str(num): [round(ms, 2) for ms in times[1:]] for num, times in series.items()}
         for num, times in series.items():

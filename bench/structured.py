@@ -107,7 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     note(f"  json / free, median of pairs: {ratio:.3f}")
     note(f"  all masks of a step: median {statistics.median(masks_s) * 1e3:.2f} ms, worst {max(masks_s) * 1e3:.2f} ms")
     result = {
-        "bench": "structured",
         **describe_run("bench.structured", arguments),
         "shape": shape.name,
         "dtype": options.dtype,

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(f"{row['staging']:>7}{row['num_blocks']:>8}  {row['way']:<5}{row['ms']:9.2f}{row['ms_min']:9.2f}"
               f"{row['bytes_per_s'] / 1e9:8.2f}{row['fraction_of_link']:9.0%}")  # fmt: skip
-    result = {"bench": "swap", **describe_run("bench.swap", arguments), "jax": jax.__version__, "pool": args.pool}
+    result = {**describe_run("bench.swap", arguments), "jax": jax.__version__, "pool": args.pool}
     result |= {"device": jax.devices()[0].device_kind, "shape": shape.name, "dtype": args.dtype}
     result |= {"block_bytes": block_bytes, "ceilings_bytes_per_s": ceilings, "rows": rows}
     write_result(result, args.output)

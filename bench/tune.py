@@ -289,7 +289,7 @@ def main(arguments: Sequence[str]) -> int:
                 write_entries(path, kind, entries[-1:])
     where = "nothing was written" if path is None else f"written to {path}"
     print(f"{len(entries)} classes tuned, {where}")
-    result = {"bench": "tune", **record, "device": kind, "jax": jax.__version__, "is_interpreted": is_small}
+    result = {**record, "bench": "tune", "device": kind, "jax": jax.__version__, "is_interpreted": is_small}
     result |= {"entries": [entry.as_json() for entry in entries], "rows": rows, "not_tuned": left_out}
     write_result(result, None)
     return 0

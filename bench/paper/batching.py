@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows)
-    result: dict[str, Any] = {"bench": "paper.batching", **describe_run("bench.paper.batching", arguments)}
+    result: dict[str, Any] = describe_run("bench.paper.batching", arguments)
     result |= {"num_requests": args.num_requests, "num_slots": args.num_slots, "seed": args.seed, "rows": rows}
     result |= {"paper_requests": PAPER_REQUESTS, "paper_percent_of_memory_with_tokens": PAPER_TOKENS}
     write_result(result, args.output)

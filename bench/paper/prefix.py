@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows)
-    result: dict[str, Any] = {"bench": "paper.prefix", **describe_run("bench.paper.prefix", arguments)}
+    result: dict[str, Any] = describe_run("bench.paper.prefix", arguments)
     result |= {"shape": args.shape, "dtype": args.dtype, "num_requests": args.num_requests, "seed": args.seed}
     write_result(result | {"rows": rows}, args.output)
     return 0

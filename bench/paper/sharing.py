@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows, args.numbers)
-    result: dict[str, Any] = {"bench": "paper.sharing", **describe_run("bench.paper.sharing", arguments)}
+    result: dict[str, Any] = describe_run("bench.paper.sharing", arguments)
     result |= {
         "block_size": args.block_size, "num_requests": args.num_requests, "sigma": args.sigma, "seed": args.seed,
         "rows": rows,
