@@ -14,13 +14,14 @@ from jaxpaged.server.async_engine import AsyncEngine, EngineState
 from jaxpaged.server.chat import ChatJob
 from jaxpaged.server.completions import CompletionJob
 from jaxpaged.server.config import ServerConfig
-from jaxpaged.server.errors import ApiError
+from jaxpaged.server.errors import ApiError, invalid
 from jaxpaged.server.exchange import EventStream, JsonResponse, read_json_bytes, while_connected
 from jaxpaged.server.gate import LOG, Gate
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.openapi import document_bytes
 from jaxpaged.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
 from jaxpaged.server.service import Service
+from jaxpaged.server.tools import template_tools
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 PAGE_POLICY = (
@@ -145,12 +146,12 @@ async def _tokenize(service: Service, request: Request) -> Response:
     body = read_body(TokenizeBody, await read_json_bytes(request, service.config))
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
+        raise invalid("prompt", "give either prompt or messages")
     if body.messages is not None:
         variables = body.chat_template_kwargs or {}
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         prompt = await service.chat_prompt(
-            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables, tools=tools
+            body.messages, add_generation_prompt=body.add_generation_prompt, variables=variables,
+            tools=template_tools(body.tools or ()) or None,
         )
         ids = prompt.token_ids
     else:
@@ -167,9 +168,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     vocab_size = service.engine.llm.engine.model_config.vocab_size
     for token_id in body.tokens:
         if not 0 <= token_id < vocab_size:
-            raise ApiError(
-                400, f"tokens: an id is not from 0 to {vocab_size - 1}", param="tokens", code="invalid_value"
-            )
+            raise invalid("tokens", f"tokens: an id is not from 0 to {vocab_size - 1}")
     tokenizer = service.tokenizer
     return JsonResponse({"prompt": await service.in_thread(lambda: tokenizer.decode(body.tokens))})
 

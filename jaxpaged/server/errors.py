@@ -43,6 +43,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+def invalid(param: str, message: str) -> ApiError:
+    """400 for a value that the server itself refuses."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
 def refusal(error: ValueError, param: str | None = None) -> ApiError:
     """400 for a ValueError of the engine's door, with the parameter its message begins with.
 

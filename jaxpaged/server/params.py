@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
-from jaxpaged.server.errors import ApiError, refusal
+from jaxpaged.server.errors import ApiError, invalid, refusal
 from jaxpaged.server.protocol import ResponseFormat, Sampling
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
@@ -22,9 +22,8 @@ def form_of(body: Sampling) -> StructuredOutputsParams | None:
     if body.response_format is None or body.response_format.type == "text":
         return _form("structured_outputs", asked) if body.structured_outputs is not None else None
     if body.structured_outputs is not None:
-        raise ApiError(
-            400, "response_format and structured_outputs both give the form of the output: give one",
-            param="response_format", code="invalid_value",
+        raise invalid(
+            "response_format", "response_format and structured_outputs both give the form of the output: give one"
         )
     return _form("response_format", _fields_of(body.response_format) | {"whitespace_pattern": SPACE})
 
@@ -38,9 +37,9 @@ def _fields_of(asked: ResponseFormat) -> dict[str, Any]:
     if asked.type == "json_object":
         return {"json_object": True}
     if asked.json_schema is None or asked.json_schema.schema_ is None:
-        raise ApiError(
-            400, "response_format of type 'json_schema' needs {'json_schema': {'name': ..., 'schema': {...}}}",
-            param="response_format", code="invalid_value",
+        raise invalid(
+            "response_format",
+            "response_format of type 'json_schema' needs {'json_schema': {'name': ..., 'schema': {...}}}",
         )
     return {"json": asked.json_schema.schema_}
 
@@ -95,14 +94,9 @@ def _beam_params(
             )
     width = body.beam_width if body.beam_width is not None else body.n
     if width is None:
-        raise ApiError(
-            400, "a beam search needs its width: give beam_width, or n", param="beam_width", code="invalid_value"
-        )
+        raise invalid("beam_width", "a beam search needs its width: give beam_width, or n")
     if body.n is not None and not 1 <= body.n <= width:
-        raise ApiError(
-            400, f"n={body.n} of beam_width={width} hypotheses: it must be from 1 to beam_width", param="n",
-            code="invalid_value",
-        )
+        raise invalid("n", f"n={body.n} of beam_width={width} hypotheses: it must be from 1 to beam_width")
     fields = {name: value for name, value in given.items() if name in BeamSearchParams.__dataclass_fields__}
     fields |= {name: getattr(body, name) for name in BEAMS_ALONE if getattr(body, name) is not None}
     max_tokens = given.get("max_tokens", defaults.max_tokens)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from jaxpaged.server.errors import ApiError
+from jaxpaged.server.errors import ApiError, invalid
 
 Body = TypeVar("Body", bound="WireBody")
 ROLES = ["system", "user", "assistant", "tool"]
@@ -25,7 +25,7 @@ Messages = Annotated[
     ),
 ]
 """What a message must have is the chat template's to say; the schema is for readers of /openapi.json."""
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -84,7 +84,7 @@ def _within(low: float, high: float) -> Any:
 class JsonSchemaFormat(WireBody):
     """A schema under OpenAI's names. The output follows it whatever `strict` says."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    name: Name | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
@@ -164,7 +164,7 @@ class CompletionBody(Sampling):
 
 
 class FunctionDefinition(WireBody):
-    name: FunctionName
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -180,7 +180,7 @@ class Tool(WireBody):
 
 
 class NamedFunction(WireBody):
-    name: FunctionName
+    name: Name
 
 
 class NamedTool(WireBody):
@@ -248,7 +248,7 @@ def parse_body(kind: type[Body], values: Any) -> Body:
             remedy = REMEDIES.get(name, f"the parameters are {', '.join(known)}")
             raise ApiError(400, f"{name[:80]} is not accepted: {remedy}", param=name[:80], code="unsupported_parameter")
         if not _is_finite(value):
-            raise ApiError(400, f"{name} has a number that is NaN or infinite", param=name, code="invalid_value")
+            raise invalid(name, f"{name} has a number that is NaN or infinite")
         asked[name] = value
     try:
         return kind.model_validate(asked)

@@ -14,7 +14,7 @@ from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.config import ServerConfig
-from jaxpaged.server.errors import ApiError, refusal
+from jaxpaged.server.errors import ApiError, invalid, refusal
 from jaxpaged.server.params import params_of
 from jaxpaged.server.protocol import Sampling
 from jaxpaged.server.reply import Reply
@@ -145,8 +145,7 @@ class Service:
         """A conversation through the checkpoint's template, as tokens."""
         for name in variables:
             if name in TAKEN_NAMES or not name.isidentifier():
-                message = f"chat_template_kwargs cannot set {name[:80]!r}: leave it out"
-                raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
+                raise invalid("chat_template_kwargs", f"chat_template_kwargs cannot set {name[:80]!r}: leave it out")
         encode = partial(
             self.tokenizer.encode_chat,
             with_read_arguments(messages),
@@ -176,10 +175,7 @@ class Service:
         else:
             name, width = "n", params.n
         if width > self.config.max_n:
-            raise ApiError(
-                400, f"{name}={width} is above {self.config.max_n} (max_n): ask for fewer", param=name,
-                code="invalid_value",
-            )
+            raise invalid(name, f"{name}={width} is above {self.config.max_n} (max_n): ask for fewer")
         num_tokens = []
         for prompt in prompts:
             length = len(prompt.token_ids)

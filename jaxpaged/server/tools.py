@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxpaged.server.errors import ApiError
+from jaxpaged.server.errors import invalid
 from jaxpaged.server.params import SPACE, form_of, form_param
 from jaxpaged.server.protocol import ChatBody, Tool
-from jaxpaged.server.tool_parser import DIALECTS, FORCED, Dialect, ToolParser
+from jaxpaged.server.tool_parser import DIALECTS, FORCED, ToolParser
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
 MAX_TOOLS = 128
@@ -42,20 +42,17 @@ def plan_tools(body: ChatBody, dialect_name: str | None, special_tokens: Sequenc
     choice = _choice(body, names)
     if choice == "none":
         return ToolPlan(form=form, form_param=form_param(body))
-    told = tuple(tool.model_dump(exclude_none=True) for tool in tools)
+    told = template_tools(tools)
     if choice == "auto":
         if body.response_format is not None and form is not None:
-            raise _refusal(
+            raise invalid(
                 "response_format", "response_format leaves no room for calls: use tool_choice='none' or 'required', or "
                 "leave one of them out",
             )
         return _auto_plan(body, told, names, form, dialect_name, special_tokens)
     if form is not None:
-        raise _refusal("tool_choice", f"tool_choice gives the output its form: leave {form_param(body)} out")
-    dialect = Dialect(
-        is_at_head=True, begin=FORCED.begin, after=FORCED.after,
-        id_length=DIALECTS[dialect_name].id_length if dialect_name else None,
-    )
+        raise invalid("tool_choice", f"tool_choice gives the output its form: leave {form_param(body)} out")
+    dialect = replace(FORCED, id_length=DIALECTS[dialect_name].id_length if dialect_name else None)
     known_name = None if choice == "required" else choice[1]
     if known_name is None:
         schema = calls_schema(tools, max_calls=None if body.parallel_tool_calls else 1)
@@ -69,12 +66,17 @@ def plan_tools(body: ChatBody, dialect_name: str | None, special_tokens: Sequenc
     )
 
 
+def template_tools(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
+    """Tools as chat templates take them."""
+    return tuple(tool.model_dump(exclude_none=True) for tool in tools)
+
+
 def _auto_plan(
     body: ChatBody, told: tuple[dict[str, Any], ...], names: list[str], form: StructuredOutputsParams | None,
     dialect_name: str | None, special_tokens: Sequence[str],
 ) -> ToolPlan:
     if dialect_name is None:
-        raise _refusal(
+        raise invalid(
             "tools", "tools: it is not known how this model writes calls: the operator names it with "
             "--tool-call-parser; tool_choice='required' works without",
         )
@@ -90,11 +92,11 @@ def _auto_plan(
 
 def _check(tools: Sequence[Tool]) -> None:
     if len(tools) > MAX_TOOLS:
-        raise _refusal("tools", f"tools has {len(tools)} entries; at most {MAX_TOOLS} are allowed")
+        raise invalid("tools", f"tools has {len(tools)} entries; at most {MAX_TOOLS} are allowed")
     seen = set()
     for tool in tools:
         if tool.function.name in seen:
-            raise _refusal("tools", f"tools names the function {tool.function.name!r} twice: give it once")
+            raise invalid("tools", f"tools names the function {tool.function.name!r} twice: give it once")
         seen.add(tool.function.name)
 
 
@@ -106,11 +108,11 @@ def _choice(body: ChatBody, names: Sequence[str]) -> Any:
     if choice in ("none", "auto") and not names:
         return "none"
     if not names:
-        raise _refusal("tool_choice", "tool_choice asks for a call, and there are no tools: give tools")
+        raise invalid("tool_choice", "tool_choice asks for a call, and there are no tools: give tools")
     if isinstance(choice, str):
         return choice
     if choice.function.name not in names:
-        raise _refusal("tool_choice", f"tool_choice names {choice.function.name!r}, which is not among the tools")
+        raise invalid("tool_choice", f"tool_choice names {choice.function.name!r}, which is not among the tools")
     return "function", choice.function.name
 
 
@@ -152,11 +154,7 @@ def _form(schema: dict[str, Any]) -> StructuredOutputsParams:
     try:
         return StructuredOutputsParams(json=schema, whitespace_pattern=SPACE)
     except ValueError as error:
-        raise _refusal("tools", f"tools: the parameters make no schema: {error}") from error
-
-
-def _refusal(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")
+        raise invalid("tools", f"tools: the parameters make no schema: {error}") from error
 
 
 def with_read_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -171,7 +169,7 @@ def with_read_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
             read.append({key: value for key, value in message.items() if key != "tool_calls"})
             continue
         if not isinstance(calls, list):
-            raise _refusal("messages", f"messages[{index}].tool_calls must be a list of calls")
+            raise invalid("messages", f"messages[{index}].tool_calls must be a list of calls")
         read.append({**message, "tool_calls": [_read_call(call, index) for call in calls]})
     return read
 
@@ -179,18 +177,18 @@ def with_read_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
 def _read_call(call: Any, index: int) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _refusal("messages", f"messages[{index}].tool_calls: a call is {{'id', 'type', 'function': {{'name'}}}}")
+        raise invalid("messages", f"messages[{index}].tool_calls: a call is {{'id', 'type', 'function': {{'name'}}}}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError) as error:
-            raise _refusal(
+            raise invalid(
                 "messages", f"messages[{index}].tool_calls: the arguments of {function['name'][:80]!r} are no JSON: "
                 f"{error}",
             ) from error
     if arguments is not None and not isinstance(arguments, dict):
-        raise _refusal(
+        raise invalid(
             "messages", f"messages[{index}].tool_calls: the arguments of {function['name'][:80]!r} are no object"
         )
     return {**call, "function": {**function, "arguments": arguments or {}}}
