@@ -26,6 +26,7 @@ from jaxpaged.runner.beam_candidates import rounded_up
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import HAS_GRAMMAR, BuiltBatch, RowTables, build
 from jaxpaged.runner.kv_cache import MemoryPlan
+from jaxpaged.runner.logit_edits import Edits
 from jaxpaged.runner.logits_processors import (
     PROCESSOR_TROUBLE,
     LogitsProcessor,
@@ -39,7 +40,7 @@ from jaxpaged.runner.logits_processors import (
 from jaxpaged.runner.parallel import empty_cache, parallel_over
 from jaxpaged.runner.sampler import FINE, NOT_FINITE, NOTHING_LEFT, SamplerState, init_state, load_row, pack_row
 from jaxpaged.runner.shapes import RunnerShapes
-from jaxpaged.runner.step import jitted, jitted_candidates, jitted_samplers
+from jaxpaged.runner.step import jitted, jitted_candidates, jitted_sampler
 from jaxpaged.runner.swap import BlockMover
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.sharding import whole
@@ -190,13 +191,13 @@ class ModelRunner:
         )
         max_logprobs = min(engine_config.max_logprobs, self._vocab_size)
         self._logprobs_mode = engine_config.logprobs_mode
-        self._sample, self._sample_extended = jitted_samplers(max_logprobs, self._logprobs_mode, self.processors)
+        self._sample = jitted_sampler(max_logprobs, self._logprobs_mode, self.processors)
         self._layouts = {bucket: shapes.packed_layout(bucket) for bucket in shapes.buckets.all}
         self._warm: set[Bucket] = set()
-        self._warm_samplers: set[int] = set()
+        self._warm_samplers: set[tuple[int, bool]] = set()
+        """(logit rows, whether with grammars or logits processors)."""
         self._warm_candidates: set[tuple[int, int, bool]] = set()
-        """(logit rows, candidates, whether with grammars or logits processors)."""
-        self._warm_extended: set[int] = set()
+        """(logit rows, candidates, whether with them)."""
 
     def _init_kv(self) -> Any:
         """Committed to the device of the weights, so that the way back from pinned memory is a transfer of its own."""
@@ -270,35 +271,30 @@ class ModelRunner:
         )
         num_logits = batch.layout.bucket.num_logits
         self._warm.add(batch.layout.bucket)
-        extended = self._extended_inputs(plan, batch, make_masks)
+        edits = self._edits(plan, batch, make_masks)
         candidates: tuple[jax.Array, ...] = ()
         if batch.num_candidates:
             # before the sampler, which takes the state
             size = rounded_up(batch.num_candidates, self._vocab_size)
-            choose = jitted_candidates(size, self._logprobs_mode, self.processors)[bool(extended)]
-            candidates = choose(logits, self._state, sampling, *extended)
-            self._warm_candidates.add((num_logits, size, bool(extended)))
+            choose = jitted_candidates(size, self._logprobs_mode, self.processors)
+            candidates = choose(logits, self._state, sampling, edits)
+            self._warm_candidates.add((num_logits, size, edits is not None))
         if batch.is_plain:
             return StepArrays(tokens_and_status, (), candidates)
-        sample, warm = (
-            (self._sample_extended, self._warm_extended) if extended else (self._sample, self._warm_samplers)
-        )
-        self._state, tokens_and_status, logprobs = sample(logits, self._state, sampling, *extended)
-        warm.add(num_logits)
+        self._state, tokens_and_status, logprobs = self._sample(logits, self._state, sampling, edits)
+        self._warm_samplers.add((num_logits, edits is not None))
         return StepArrays(tokens_and_status, logprobs, candidates)
 
-    def _extended_inputs(
-        self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None
-    ) -> tuple[()] | tuple[jax.Array, jax.Array, Tables]:
-        """What samplers with grammars and logits processors read besides: extras, masks, arguments; else nothing."""
+    def _edits(self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None) -> Edits | None:
+        """What samplers read besides where a row has a grammar or a logits processor."""
         if batch.extras is None:
-            return ()
+            return None
         num_logits = batch.layout.bucket.num_logits
         if make_masks is not None and (batch.extras & HAS_GRAMMAR).any():
             masks = jax.device_put(make_masks(plan, batch.spans, num_logits), self._everywhere)
         else:
             masks = self._neutral_masks(num_logits)
-        return jax.device_put(batch.extras, self._everywhere), masks, self._arguments
+        return Edits(jax.device_put(batch.extras, self._everywhere), masks, self._arguments)
 
     def _neutral_masks(self, num_logits: int) -> jax.Array:
         """Masks that nobody reads, for a step without grammars; the latest are kept."""
@@ -339,9 +335,9 @@ class ModelRunner:
             bucket
             for bucket in buckets
             if bucket not in self._warm
-            or (with_sampler and bucket.num_logits not in self._warm_samplers)
+            or (with_sampler and (bucket.num_logits, False) not in self._warm_samplers)
             or any((bucket.num_logits, size, kind) not in self._warm_candidates for size in sizes for kind in kinds)
-            or (with_extended and bucket.num_logits not in self._warm_extended)
+            or (with_extended and (bucket.num_logits, True) not in self._warm_samplers)
         )
 
     def warm_up(

@@ -1,6 +1,6 @@
 """Draws the next token of every logit row.
 
-Order: logits processors and grammars (`extended_sampler.py`); then, as in vLLM, allowed tokens, bad words, ban of stop
+Order: logits processors and grammars (`logit_edits.py`); then, as in vLLM, allowed tokens, bad words, ban of stop
 tokens (`min_tokens`), logit bias, penalties (`logits.py`); rows of temperature 0 then take the maximum; the others are
 divided by the temperature, cut by min_p, top_k, top_p (`truncation.py`), and drawn. Log-probabilities are of the logits
 as the model gave them (raw), or as the token was drawn from them (processed).

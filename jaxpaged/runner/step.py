@@ -16,12 +16,12 @@ from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.registry import build_abstract
 from jaxpaged.runner.beam_candidates import beam_candidates
 from jaxpaged.runner.buckets import Bucket
-from jaxpaged.runner.extended_sampler import extended_candidates, sample_extended
 from jaxpaged.runner.input_batch import PackedLayout, unpack, unpack_sampling
+from jaxpaged.runner.logit_edits import Edits, edit
 from jaxpaged.runner.logits import first_argmax, maximum
 from jaxpaged.runner.logits_processors import LogitsProcessor
 from jaxpaged.runner.parallel import Parallel, cache_shapes, parallel_over, parallel_step, parameter_shapes
-from jaxpaged.runner.sampler import FINE, NOT_FINITE, SamplerOutput, SamplerState, init_state, sample
+from jaxpaged.runner.sampler import FINE, NOT_FINITE, SamplerState, init_state, sample
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.sharding import whole
 from pallas_kernels import paged_attention
@@ -37,30 +37,15 @@ def jitted(graph: Any, tree: Any, implementation: str | None, block_size: int, p
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_samplers(
-    max_logprobs: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]
-) -> tuple[Any, Any]:
-    """The jitted sampler, and the one for steps with grammars or logits processors; shared likewise."""
-
-    def extended(*arguments: Any) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
-        return _sampled(*sample_extended(max_logprobs, mode, processors, *arguments))
-
-    return (
-        jax.jit(partial(sample_rows, max_logprobs, mode), donate_argnums=1),
-        jax.jit(extended, donate_argnums=1),
-    )
+def jitted_sampler(max_logprobs: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]) -> Any:
+    """The jitted `sample_rows`, shared likewise."""
+    return jax.jit(partial(sample_rows, max_logprobs, mode, processors), donate_argnums=1)
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_candidates(
-    num_candidates: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]
-) -> tuple[Any, Any]:
-    """The jitted choice of that many continuations of every row: programs of their own, for steps with beams, and for
-    those that have grammars or logits processors besides."""
-    return (
-        jax.jit(partial(candidates_of_rows, num_candidates, mode)),
-        jax.jit(partial(extended_candidates, num_candidates, mode, processors)),
-    )
+def jitted_candidates(num_candidates: int, mode: LogprobsMode, processors: tuple[LogitsProcessor, ...]) -> Any:
+    """The jitted choice of that many continuations of every row: a program of its own, for steps with beams."""
+    return jax.jit(partial(candidates_of_rows, num_candidates, mode, processors))
 
 
 def step(
@@ -93,24 +78,41 @@ def step(
 
 
 def sample_rows(
-    max_logprobs: int, mode: LogprobsMode, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+    max_logprobs: int,
+    mode: LogprobsMode,
+    processors: tuple[LogitsProcessor, ...],
+    logits: jax.Array,
+    state: SamplerState,
+    packed_sampling: jax.Array,
+    edits: Edits | None = None,
 ) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
-    """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated."""
-    output, state = sample(logits, state, unpack_sampling(packed_sampling, logits.shape[0]), max_logprobs, mode)
-    return _sampled(state, output)
+    """The sampler as a program of its own, compiled once per number of logit rows; `state` is donated.
 
-
-def _sampled(state: SamplerState, output: SamplerOutput) -> tuple[SamplerState, jax.Array, tuple[jax.Array, ...]]:
-    """State, tokens and their status as one array, and what is reported of them."""
+    Returns the state, tokens and their status as one array, and what is reported of them.
+    """
+    batch = unpack_sampling(packed_sampling, logits.shape[0])
+    edited = None if edits is None else edit(processors, logits, state, batch, edits)
+    output, state = sample(logits, state, batch, max_logprobs, mode, edited)
     tokens_and_status = jnp.stack([output.tokens, output.status])
     return state, tokens_and_status, (output.logprob, output.rank, output.top_ids, output.top_logprobs)
 
 
 def candidates_of_rows(
-    num_candidates: int, mode: LogprobsMode, logits: jax.Array, state: SamplerState, packed_sampling: jax.Array
+    num_candidates: int,
+    mode: LogprobsMode,
+    processors: tuple[LogitsProcessor, ...],
+    logits: jax.Array,
+    state: SamplerState,
+    packed_sampling: jax.Array,
+    edits: Edits | None = None,
 ) -> tuple[jax.Array, ...]:
-    """`beam_candidates` of a step's logits; nothing is donated."""
-    return beam_candidates(num_candidates, mode, logits, state, unpack_sampling(packed_sampling, logits.shape[0]))
+    """`beam_candidates` of a step's logits; nothing is donated.
+
+    Whether a row's candidates are of any use, its status in the same step's `sample_rows` says.
+    """
+    batch = unpack_sampling(packed_sampling, logits.shape[0])
+    edited = None if edits is None else edit(processors, logits, state, batch, edits)[0]
+    return beam_candidates(num_candidates, mode, logits, state, batch, edited)
 
 
 @dataclass(frozen=True)
