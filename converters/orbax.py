@@ -258,7 +258,6 @@ def load(
         raise ValueError("put and sharding both say where parameters go: give one of them")
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with open_folder(Path(folder), dtype, max_model_len=max_model_len) as opened:
-
         names = list(parameter_specs(opened.model))
         group_size = 1 if opened.plain is not None or put is not None else max(1, -(-len(names) // GROUPS))
         if opened.plain is not None:

@@ -11,6 +11,8 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import RequestOutput
 from jaxpaged.engine.stats import EngineStats
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.llm import DEMO_FOLDER
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.parameters import fill, parameter_arrays
@@ -21,6 +23,8 @@ from jaxpaged.runner.shapes import memory_plan, resolve_shapes
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.sharding import Placement, make_mesh
 
+EOS = 1
+"""Of the demo tokenizer."""
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
     vocab_size=199,
@@ -61,6 +65,15 @@ def tiny_model(seed: int = 0, **changes: Any) -> tuple[Decoder, ModelConfig]:
     """A model of random weights, and its facts."""
     config = ModelConfig(**{**TINY.__dict__, **changes})
     return random_model(config, seed), config
+
+
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.load(DEMO_FOLDER)
+
+
+def model_for(tokenizer: Tokenizer) -> tuple[Decoder, ModelConfig]:
+    """A model of random weights that writes this tokenizer's tokens."""
+    return tiny_model(seed=3, vocab_size=tokenizer.vocab_size, eos_token_ids=(EOS,))
 
 
 def make_engine(

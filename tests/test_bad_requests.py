@@ -1,14 +1,11 @@
 """Contradictory and impossible requests: refused by name, or ended alone in an error that names the parameter."""
 
 import re
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from harness import drain, finish, make_engine, random_prompts, run, tiny_model
+from harness import demo_tokenizer, drain, finish, make_engine, model_for, random_prompts, run
 
-import jaxpaged
-from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
@@ -26,13 +23,12 @@ def nothing(logits, context):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(Path(jaxpaged.__file__).parent / "data" / "demo")
+    return demo_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
-    model = tiny_model(seed=3, vocab_size=tokenizer.vocab_size, eos_token_ids=(1,))
-    return make_engine(model, tokenizer, {"nan": nan, "nothing": nothing}, **INVARIANT)
+    return make_engine(model_for(tokenizer), tokenizer, {"nan": nan, "nothing": nothing}, **INVARIANT)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,18 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from beam_reference import Reference
-from harness import Run, drain, make_engine, random_prompts, run, tiny_model
+from harness import EOS, Run, demo_tokenizer, drain, make_engine, model_for, random_prompts, run
+from processors import PROCESSORS
 
-import jaxpaged
 from jaxpaged.engine import grammars
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
-EOS = 1
 LENGTHS = (5, 17, 8, 40, 1, 16)
 INVARIANT = {"batch_invariant": True, "max_num_seqs": 16}
 TIGHT = 19
@@ -130,12 +127,12 @@ def needs_library():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(Path(jaxpaged.__file__).parent / "data" / "demo")
+    return demo_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return tiny_model(seed=3, vocab_size=tokenizer.vocab_size, eos_token_ids=(EOS,))
+    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -368,25 +365,6 @@ def test_a_bad_grammar_is_refused_at_the_door(model, tokenizer) -> None:
 
 # -- logits processors
 
-NO_IDS = np.full(4, -1, np.int32)
-
-
-def forbid_repeats(logits, context, *, window=8):
-    """None of the last `window` tokens again: reads the device's memory of a beam's own tokens."""
-    positions = jnp.arange(context.token_ids.shape[0])
-    is_recent = (positions >= context.num_tokens - window) & (positions < context.num_tokens)
-    return logits.at[jnp.where(is_recent, context.token_ids, logits.shape[0])].set(-jnp.inf, mode="drop")
-
-
-def favour(logits, context, *, ids=NO_IDS, bonus=1.0):
-    return logits.at[jnp.where(ids < 0, logits.shape[0], ids)].add(bonus, mode="drop")
-
-
-def late_nan(logits, context, *, at=3):
-    return jnp.where(context.num_tokens - context.num_prompt_tokens >= at, jnp.nan, logits)
-
-
-PROCESSORS = {"forbid_repeats": forbid_repeats, "favour": favour, "late_nan": late_nan}
 ASKED = {"forbid_repeats": {"window": 100}, "favour": {"ids": [5, 9, 77, 300], "bonus": 2.5}}
 EDITED = [
     BeamSearchParams(beam_width=4, max_tokens=10, logits_processors=ASKED, logprobs=1),

@@ -6,23 +6,20 @@ tables, rows and requests are audited after every step, and everything must be f
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from harness import drain, make_engine, random_prompts, tiny_model
+from harness import demo_tokenizer, drain, make_engine, model_for, random_prompts
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from processors import late_nan
 
-import jaxpaged
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.outputs import RequestOutput
-from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
-EOS = 1
 SIZES = {"block_size": 4, "max_num_seqs": 16, "max_num_batched_tokens": 24, "batch_invariant": True}
 LONGEST_PROMPT, LONGEST_OUTPUT, LAST_ARRIVAL = 14, 13, 6
 TIGHT = 21
@@ -48,10 +45,6 @@ def push(logits, context, *, bonus=2.0):
     positions = jnp.arange(context.token_ids.shape[0])
     ids = jnp.where(positions < context.num_tokens, context.token_ids, logits.shape[0])
     return logits.at[ids].add(bonus, mode="drop")
-
-
-def late_nan(logits, context, *, at=3):
-    return jnp.where(context.num_tokens - context.num_prompt_tokens >= at, jnp.nan, logits)
 
 
 PROCESSORS = {"push": push, "late_nan": late_nan}
@@ -119,8 +112,8 @@ class Bench:
     """Engines that are made once, and what requests get alone in an ample pool."""
 
     def __init__(self) -> None:
-        self.tokenizer = Tokenizer.load(Path(jaxpaged.__file__).parent / "data" / "demo")
-        self.model = tiny_model(seed=3, vocab_size=self.tokenizer.vocab_size, eos_token_ids=(EOS,))
+        self.tokenizer = demo_tokenizer()
+        self.model = model_for(self.tokenizer)
         self.tight = {name: self.engine(num_device_blocks=TIGHT, **options) for name, options in ENGINES.items()}
         self.ample = self.engine(num_device_blocks=96, enable_prefix_caching=False)
         self.known: dict[Any, RequestOutput] = {}

@@ -3,21 +3,17 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import drain, make_engine, random_prompts, run, tiny_model
+from harness import EOS, demo_tokenizer, drain, make_engine, model_for, random_prompts, run
 
-import jaxpaged
 from jaxpaged.engine import grammars
-from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
 LENGTHS = (5, 17, 8, 30, 1, 16, 9, 40)
 TIGHT = 17
-EOS = 1
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -44,12 +40,12 @@ def ask(wanted, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(Path(jaxpaged.__file__).parent / "data" / "demo")
+    return demo_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return tiny_model(seed=3, vocab_size=tokenizer.vocab_size, eos_token_ids=(EOS,))
+    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")

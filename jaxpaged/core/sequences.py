@@ -11,7 +11,7 @@ class Sequences:
     """Makes sequences, forks them and lets them go."""
 
     def __init__(self, block_manager: BlockManager, num_rows: int) -> None:
-        self.block_manager = block_manager
+        self._block_manager = block_manager
         self._ids = itertools.count()
         self.free_rows = list(range(num_rows))
         """A heap: low rows first keep the batch dense."""
@@ -36,14 +36,14 @@ class Sequences:
             status=parent.status,
             num_preemptions=parent.num_preemptions,
         )
-        self.block_manager.fork(parent, child)
+        self._block_manager.fork(parent, child)
         if parent.status is SequenceStatus.RUNNING:
             self.take_row(child)  # reserved on admission
         return child
 
     def drop(self, sequence: Sequence) -> None:
         """Its blocks and its row are free again."""
-        self.block_manager.retire(sequence)
+        self._block_manager.retire(sequence)
         if sequence.status is SequenceStatus.RUNNING:
             self.return_row(sequence)
         sequence.status = SequenceStatus.FINISHED
