@@ -35,6 +35,7 @@ from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.parallel import cut_over
 from jaxpaged.runner.shapes import (
     RunnerShapes,
+    costly_cache,
     memory_plan,
     missing_kernels,
     resolve_shapes,
@@ -162,6 +163,8 @@ class LLM:
         model_config, text_folder = given.config, given.folder if tokenizer is None else Path(tokenizer)
         config = with_checked_attention(config, model_config, model_config.dtype)
         shapes, plan, cut = _plan(config, model_config, logits_processors)
+        if (warning := costly_cache(shapes.layout)) is not None:
+            warnings.warn(warning, stacklevel=2)
         if show_progress and (slow := missing_kernels(shapes.layout)) is not None:
             print(f"jaxpaged: {slow}", file=sys.stderr)
         put = None if mesh is None else Placement(mesh, cut).put
@@ -513,8 +516,9 @@ def _plan(
 def plan_for(model: str | Path, **options: Any) -> str:
     """The memory plan of a model as a table, before anything is loaded."""
     config = engine_config_from(options)
-    _, plan, _ = _plan(config, _given(model, config).config)
-    return plan.table()
+    shapes, plan, _ = _plan(config, _given(model, config).config)
+    warning = costly_cache(shapes.layout)
+    return plan.table() + ("" if warning is None else f"\nwarning: {warning}")
 
 
 def _one_of(params: Any, sampling_params: Any, unknown: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.arguments import check_count
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 
 
@@ -38,6 +39,8 @@ def check_metadata(
     )
     num_decodes = int(_values(metadata.num_decodes, "num_decodes"))
     num_tiles = int(_values(metadata.num_tiles, "num_tiles"))
+    check_count("num_blocks", num_blocks)
+    check_count("block_size", block_size)
     if metadata.key_chunk_tokens % block_size:
         raise ValueError(
             f"key_chunk_tokens={metadata.key_chunk_tokens} is no multiple of block_size={block_size}: a chunk of keys "
@@ -59,7 +62,10 @@ def check_copies(num_blocks: int, *, sources: Any = None, targets: Any = None) -
     """
     sides = {"source": sources, "target": targets}
     found = {name: _values(ids, f"{name}s") for name, ids in sides.items() if ids is not None}
+    check_count("num_blocks", num_blocks)
     for name, ids in found.items():
+        if ids.ndim != 1:
+            raise ValueError(f"{name}s have the shape {ids.shape}: they must be one axis of block ids")
         for row in np.flatnonzero((ids < 0) | (ids >= num_blocks))[:1]:
             raise ValueError(
                 f"copy {row} has {name} block {ids[row]}, but the cache has blocks 0 to {num_blocks - 1}: pass ids of "
@@ -89,7 +95,10 @@ def _values(array: Any, name: str) -> np.ndarray:
             f"{name} has no values while a program is traced: check before the jitted call, or inside it through "
             "jax.debug.callback"
         )
-    return np.asarray(array).astype(np.int64)
+    values = np.asarray(array)
+    if not np.issubdtype(values.dtype, np.integer) and values.size:
+        raise ValueError(f"{name} is {values.dtype}{values.shape}: it must be of whole numbers")
+    return values.astype(np.int64)
 
 
 def _check_lengths(

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from bench import VERBS
 from jaxpaged import LLM
 from jaxpaged.cli import main, make_parser
 from jaxpaged.llm import DEMO_FOLDER
+from pallas_kernels import KVLayout
 
 
 def test_the_command_line_prints_the_published_story(stories260k, golden, capsys):
@@ -205,6 +207,17 @@ def test_a_plan_tells_of_a_weight_file_that_was_cut_short(is_native, tmp_path, c
     (error,) = capsys.readouterr().err.splitlines()
     assert f"{folder / 'model.safetensors'}: not a readable safetensors file" in error
     assert "cut short" in error
+
+
+def test_a_plan_and_a_start_warn_of_a_cache_of_bytes_that_saves_nothing(capsys, monkeypatch):
+    assert main(["plan", "demo", "--max-num-seqs", "4", "--kv-cache-dtype", "int8"]) == 0
+    assert "warning" not in capsys.readouterr().out, "here it saves"
+    monkeypatch.setattr(KVLayout, "why_no_saving", "a token takes 1024 bytes")
+    assert main(["plan", "demo", "--max-num-seqs", "4", "--kv-cache-dtype", "int8"]) == 0
+    told = "a token takes 1024 bytes (kv_cache_dtype='bfloat16')"
+    assert capsys.readouterr().out.splitlines()[-1] == f"warning: {told}"
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        LLM("demo", max_num_seqs=4, kv_cache_dtype="int8", show_progress=False)
 
 
 def test_a_plan_that_does_not_fit_is_refused_like_the_model_itself(capsys):

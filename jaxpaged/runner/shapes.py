@@ -177,6 +177,12 @@ def missing_kernels(layout: KVLayout) -> str | None:
     return f"the compiled CPU kernel {reason}: plain XLA runs instead, slower; install one, as with `apt install g++`"
 
 
+def costly_cache(layout: KVLayout) -> str | None:
+    """Why a KV cache of bytes was the wrong choice: it takes as much as bfloat16, or more; else None."""
+    reason = layout.why_no_saving
+    return None if reason is None else f"{reason} (kv_cache_dtype='bfloat16')"
+
+
 def memory_plan(
     engine_config: EngineConfig,
     model_config: ModelConfig,

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.arguments import check_ids
+
 
 def gather_blocks(kv: Any, ids: Int[Array, "copies"]) -> Any:
     """The blocks `ids`, in order, as the same tree with leading axis len(ids). `kv` is only read."""
+    check_ids("ids", ids)
     # ids are the caller's own and in range; "clip" keeps a wrong one from reading outside the array
     return jax.tree.map(lambda leaf: leaf.at[ids].get(mode="clip", wrap_negative_indices=False), kv)
 
@@ -20,9 +23,10 @@ def gather_blocks(kv: Any, ids: Int[Array, "copies"]) -> Any:
 def scatter_blocks(kv: Any, ids: Int[Array, "copies"], staged: Any) -> Any:
     """`kv` with staged[i] in block ids[i]. Donate `kv` to have it done in place.
 
-    Ids other than 0 are distinct; rows of block 0 write nothing. Raises ValueError when the trees, block shapes or
-    dtypes of `kv` and `staged` differ.
+    Ids other than 0 are distinct; rows of block 0 write nothing. Raises ValueError for ids that are no int32 array of
+    one axis, and when the trees, block shapes or dtypes of `kv` and `staged` differ.
     """
+    check_ids("ids", ids)
     tree: Any
     leaves, tree = jax.tree.flatten(kv)
     staged_leaves, staged_tree = jax.tree.flatten(staged)
@@ -44,6 +48,8 @@ def copy_blocks(kv: Any, sources: Int[Array, "copies"], targets: Int[Array, "cop
     Donate `kv` to have it done in place; the blocks in flight are the only temporary memory. Targets are distinct,
     padding rows (0 -> 0) apart; a block may be the source of several copies, and a target of one and source of another.
     """
+    check_ids("sources", sources)
+    check_ids("targets", targets)
     if sources.shape != targets.shape:
         raise ValueError(f"{sources.shape} sources for {targets.shape} targets: pad both with 0 to the same length")
     return scatter_blocks(kv, targets, gather_blocks(kv, sources))

@@ -105,10 +105,11 @@ def linear_at(
 
     An index out of range takes the nearest. Raises ValueError as `linear` does.
     """
-    if inputs.dtype != kernels.dtype or index.dtype != jnp.int32:
+    index_dtype = getattr(index, "dtype", type(index).__name__)
+    if inputs.dtype != kernels.dtype or index_dtype != jnp.int32:
         raise ValueError(
-            f"inputs are {inputs.dtype}, kernels {kernels.dtype} and the index {index.dtype}: the first two must be "
-            "equal, the index int32"
+            f"inputs are {inputs.dtype}, kernels {kernels.dtype} and the index {index_dtype}: the first two must be "
+            "equal, the index an int32 array without axes"
         )
     if inputs.ndim != 2 or kernels.ndim != 3 or inputs.shape[1] != kernels.shape[2] or index.ndim:
         raise ValueError(

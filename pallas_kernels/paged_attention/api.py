@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_count, check_floats, dtype_name, is_number
 from pallas_kernels.paged_attention import (
     mosaic_gpu_layout,
     mosaic_tpu_layout,
@@ -39,6 +40,18 @@ class AttentionCase:
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for what no implementation could be asked about."""
+        for name in ("num_kv_heads", "head_dim", "block_size"):
+            check_count(name, getattr(self, name))
+        dtype_name(self.dtype)
+        if self.num_q_heads is not None:
+            check_count("num_q_heads", self.num_q_heads)
+            if self.num_q_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+                )
 
     def __str__(self) -> str:
         """The case in words, for errors."""
@@ -236,16 +249,42 @@ def _pick_among(rows: Sequence[Implementation], case: AttentionCase) -> Implemen
     raise ValueError(f"no attention implementation serves {case}: {told}")
 
 
+def why_no_saving(row: Implementation, case: AttentionCase) -> str | None:
+    """Why a cache of bytes is not smaller in this implementation than one of bfloat16; None where it is, or has no
+    bytes: rows have scales beside, and both may be padded."""
+    if case.dtype not in QUANTIZED:
+        return None
+    taken, plain = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) // case.block_size
+        for shapes in (
+            row.cache_shapes(1, case.block_size, case.num_kv_heads, case.head_dim, jnp.dtype(dtype))
+            for dtype in (case.dtype, "bfloat16")
+        )
+    )
+    if taken < plain:
+        return None
+    heads = f"{case.num_kv_heads} key-value heads of {case.head_dim}"
+    return (
+        f"a cache of {case.dtype} saves nothing with {heads} in {row.name}: a token takes {taken} bytes a layer, in "
+        f"bfloat16 {plain}; use bfloat16, which rounds less"
+    )
+
+
 def explain(case: AttentionCase | None = None) -> str:
-    """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape."""
+    """A line per implementation: picked, usable, or every reason why not. Without a case: this machine, any shape.
+
+    A line more for one that is picked and whose cache of bytes saves nothing.
+    """
     if case is None:
         case = AttentionCase(num_kv_heads=8, head_dim=128, block_size=16, dtype="float32")
     lines, is_picked = [], False
     for row in IMPLEMENTATIONS:
         reasons = misfits(row, case)
         state = f"no: {'; '.join(reasons)}" if reasons else "usable" if is_picked else "picked"
-        is_picked |= not reasons
         lines.append(f"{row.name:<12} {state:<8} ({row.summary})")
+        if state == "picked" and (warning := why_no_saving(row, case)) is not None:
+            lines.append(f"{'':<12} {warning}")
+        is_picked |= not reasons
     return "\n".join(lines)
 
 
@@ -266,23 +305,32 @@ def cache_block_size(row: Implementation, kv: Any, num_kv_heads: int, head_dim: 
 
 
 def _check_arrays(query: Array, key: Array, value: Array, metadata: AttentionMetadata, sinks: Array | None) -> None:
-    """ValueError where shapes do not agree with one another."""
-    if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape:
-        raise ValueError(
-            f"query {query.shape}, key {key.shape}, value {value.shape}: they must be [tokens, q_heads, head_dim] and "
-            "twice [tokens, kv_heads, head_dim]"
-        )
-    if key.shape[0] != query.shape[0] or key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1]:
+    """ValueError where they are no arrays of floating-point numbers, or shapes do not agree with one another."""
+    for name, array, heads in (("query", query, "q_heads"), ("key", key, "kv_heads"), ("value", value, "kv_heads")):
+        check_floats(name, array, f"tokens {heads} head_dim")
+    if key.shape != value.shape:
+        raise ValueError(f"key {key.shape} and value {value.shape} must have equal shapes")
+    num_q_heads, num_kv_heads = query.shape[1], key.shape[1]
+    is_multiple = num_q_heads > 0 and num_kv_heads > 0 and num_q_heads % num_kv_heads == 0
+    if key.shape[0] != query.shape[0] or key.shape[2] != query.shape[2] or not is_multiple:
         raise ValueError(
             f"query {query.shape} and key {key.shape} must have equal tokens and head_dim, and a number of query heads "
             "that is a multiple of the number of key-value heads"
         )
-    if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"sinks {sinks.shape} must have one entry per query head: ({query.shape[1]},)")
-    num_seqs, num_tiles = metadata.context_lens.shape[0], metadata.tile_sequences.shape[0]
+    if sinks is not None:
+        check_floats("sinks", sinks, "q_heads")
+        if sinks.shape != (num_q_heads,):
+            raise ValueError(f"sinks {sinks.shape} must have one entry per query head: ({num_q_heads},)")
+    if not isinstance(metadata, AttentionMetadata):
+        raise ValueError(f"metadata is a {type(metadata).__name__}: make_metadata makes an AttentionMetadata")
+    # of what is no array or has no axes, 0: it is refused below
+    num_seqs, num_tiles, num_columns = (
+        (0, *getattr(array, "shape", ()))[-1]
+        for array in (metadata.context_lens, metadata.tile_sequences, metadata.block_tables)
+    )
     expected = {
-        "block_tables": (num_seqs, metadata.block_tables.shape[-1]),
         "context_lens": (num_seqs,),
+        "block_tables": (num_seqs, num_columns),
         "query_starts": (num_seqs + 1,),
         "slot_mapping": (query.shape[0],),
         "num_decodes": (),
@@ -293,21 +341,40 @@ def _check_arrays(query: Array, key: Array, value: Array, metadata: AttentionMet
     }
     for name, shape in expected.items():
         array = getattr(metadata, name)
-        if array.shape != shape or array.dtype != jnp.int32:
-            raise ValueError(f"metadata.{name} is {array.dtype}{array.shape}: it must be int32{shape}")
+        found = f"{getattr(array, 'dtype', type(array).__name__)}{getattr(array, 'shape', '')}"
+        if found != f"int32{shape}":
+            raise ValueError(f"metadata.{name} is {found}: it must be int32{shape}")
 
 
 def _check_options(scale: float, window: int | None, soft_cap: float | None, metadata: AttentionMetadata) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite; head_dim ** -0.5 is usual")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} must be 1 or more tokens, the query's own included; None for no window")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap={soft_cap} must be above 0; None for no cap")
-    if metadata.tile_size < 1 or metadata.key_chunk_tokens < 1:
+    if not is_number(scale) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number; head_dim ** -0.5 is usual")
+    if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(
-            f"tile_size={metadata.tile_size} and key_chunk_tokens={metadata.key_chunk_tokens} must be 1 or more"
+            f"window={window!r} must be a whole number of tokens, 1 or more, the query's own included; None for no "
+            "window"
         )
+    if soft_cap is not None and (not is_number(soft_cap) or not 0 < soft_cap < math.inf):
+        raise ValueError(f"soft_cap={soft_cap!r} must be a finite number above 0; None for no cap")
+    for name in ("tile_size", "key_chunk_tokens"):
+        check_count(f"metadata.{name}", getattr(metadata, name))
+
+
+def _no_cache(kv: Any, rows: Sequence[Implementation], num_kv_heads: int, head_dim: int) -> str:
+    """Why `kv` is not attended to: nothing that any of `rows` would make."""
+
+    def told(leaf: Any) -> str:
+        return f"{leaf.dtype}{leaf.shape}" if hasattr(leaf, "shape") else repr(leaf)
+
+    named = f", implementation={rows[0].name!r}" if len(rows) == 1 else ""
+    platform = target_platform()
+    is_elsewhere = len(rows) == 1 and platform not in rows[0].platforms
+    elsewhere = f"; {rows[0].name} runs on {', '.join(rows[0].platforms)}, not on {platform}" if is_elsewhere else ""
+    return (
+        f"kv {jax.tree.map(told, kv)} is no layer cache of {' or '.join(row.name for row in rows)} for {num_kv_heads} "
+        f"heads of {head_dim}: make it with KVLayout(num_kv_heads={num_kv_heads}, head_dim={head_dim}, ...{named})"
+        f".init(num_blocks){elsewhere}"
+    )
 
 
 def paged_attention(
@@ -337,11 +404,7 @@ def paged_attention(
     rows = IMPLEMENTATIONS if implementation is None else (find(implementation),)
     laid_out_for = [(row, found) for row in rows if (found := cache_block_size(row, kv, num_kv_heads, head_dim))]
     if not laid_out_for:
-        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", kv)
-        raise ValueError(
-            f"kv {shapes} is no layer cache of {' or '.join(row.name for row in rows)} for {num_kv_heads} heads of "
-            f"{head_dim}: make it with KVLayout(..., implementation={rows[0].name!r}).init(num_blocks)"
-        )
+        raise ValueError(_no_cache(kv, rows, num_kv_heads, head_dim))
     block_size, dtype = laid_out_for[0][1]
     if metadata.key_chunk_tokens % block_size:
         raise ValueError(

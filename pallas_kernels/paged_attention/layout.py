@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick
+from pallas_kernels.arguments import check_count, dtype_name
+from pallas_kernels.paged_attention.api import AttentionCase, Implementation, pick, why_no_saving
 from pallas_kernels.paged_attention.quantization import Quantized, is_quantized, quantize
 
 
@@ -29,25 +30,32 @@ class KVLayout:
     """A name of IMPLEMENTATIONS; None for the one picked for the target platform."""
 
     def __post_init__(self) -> None:
-        for name in ("num_kv_heads", "head_dim", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         _ = self.row
 
     @property
     def row(self) -> Implementation:
         """The implementation this layout is made for."""
-        case = AttentionCase(
+        return pick(self._case, self.implementation)
+
+    @property
+    def _case(self) -> AttentionCase:
+        return AttentionCase(
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype=self.dtype,
         )
-        return pick(case, self.implementation)
+
+    @property
+    def why_no_saving(self) -> str | None:
+        """Why a cache of bytes takes as much as one of bfloat16 here, or more; None where it takes less, or has no
+        bytes."""
+        return why_no_saving(self.row, self._case)
 
     def shapes(self, num_blocks: int) -> Any:
-        """A tree of jax.ShapeDtypeStruct: the layer cache without its memory."""
+        """A tree of jax.ShapeDtypeStruct: the layer cache without its memory. ValueError for less than a block."""
+        check_count("num_blocks", num_blocks)
         return self.row.cache_shapes(
             num_blocks, self.block_size, self.num_kv_heads, self.head_dim, jnp.dtype(self.dtype)
         )

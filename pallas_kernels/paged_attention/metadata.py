@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels.arguments import check_count
+
 TILE_SIZE = 64
 """Default query tokens of a chunk tile."""
 KEY_CHUNK_TOKENS = 128
@@ -84,15 +86,36 @@ def make_metadata(
     """The metadata of a batch of lengths and block tables, for tests and simple hosts.
 
     Leading sequences with one query token become decodes unless `has_decodes` is False. `num_tokens` and `num_seqs`
-    pad to a bucket. Raises ValueError where a sequence does not fit its row of `block_tables` or the bucket.
+    pad to a bucket. Raises ValueError for numbers that are not whole, and where a sequence has no row of `block_tables`
+    or does not fit it or the bucket.
     """
     num_seqs = len(context_lens) if num_seqs is None else num_seqs
-    total = sum(query_lens)
+    for name, lengths in (("context_lens", context_lens), ("query_lens", query_lens)):
+        for seq, length in enumerate(lengths):
+            check_count(f"{name}[{seq}]", length)
+    total = int(sum(query_lens))
     num_tokens = total if num_tokens is None else num_tokens
-    if total > num_tokens or len(context_lens) > num_seqs or len(context_lens) != len(query_lens):
+    for name, count, least in (
+        ("block_size", block_size, 1), ("num_tokens", num_tokens, 0), ("num_seqs", num_seqs, 0),
+        ("tile_size", tile_size, 1), ("key_chunk_tokens", key_chunk_tokens, 1),
+    ):  # fmt: skip
+        check_count(name, count, least)
+    if key_chunk_tokens % block_size:
+        raise ValueError(f"key_chunk_tokens={key_chunk_tokens} must be a multiple of block_size={block_size}")
+    if len(context_lens) != len(query_lens):
         raise ValueError(
-            f"{total} tokens of {len(query_lens)} sequences ({len(context_lens)} contexts) do not fit a bucket of "
-            f"{num_tokens} tokens and {num_seqs} sequences: use a larger bucket"
+            f"{len(context_lens)} context_lens and {len(query_lens)} query_lens: there must be one of each a sequence"
+        )
+    block_tables = np.asarray(block_tables)
+    if block_tables.ndim != 2 or not np.issubdtype(block_tables.dtype, np.integer):
+        raise ValueError(
+            f"block_tables is {block_tables.dtype}{block_tables.shape}: it must be whole numbers [seqs, blocks_per_seq]"
+        )
+    if not len(context_lens) <= block_tables.shape[0] <= num_seqs or total > num_tokens:
+        raise ValueError(
+            f"{total} tokens of {len(query_lens)} sequences and {block_tables.shape[0]} rows of block_tables do not "
+            f"fit a bucket of {num_tokens} tokens and {num_seqs} sequences: each sequence needs a row, and each row "
+            "and token a place in the bucket"
         )
     tables = np.zeros((num_seqs, block_tables.shape[1]), np.int32)
     tables[: block_tables.shape[0]] = block_tables

@@ -43,14 +43,31 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": jnp.zeros((3, 4))}, "must be \\[tokens, q_heads"),
+        ({"query": jnp.zeros((3, 4))}, "query is float32\\(3, 4\\): it must be \\[tokens q_heads head_dim\\]"),
+        ({"query": [[1.0]]}, "query is a list: it must be an array"),
+        ({"query": jnp.zeros((3, 4, 4), jnp.int32)}, "query is int32.*of floating-point numbers"),
+        ({"query": jnp.zeros((3, 0, 4))}, "a number of query heads that is a multiple"),
+        ({"key": jnp.zeros((3, 2, 4), jnp.int8)}, "key is int8"),
+        ({"value": jnp.zeros((3, 2, 4), bool)}, "value is bool"),
         ({"query": jnp.zeros((3, 3, 4))}, "multiple of the number of key-value heads"),
         ({"query": jnp.zeros((4, 4, 4))}, "equal tokens"),
-        ({"value": jnp.zeros((3, 1, 4))}, "must be \\[tokens, q_heads"),
+        ({"value": jnp.zeros((3, 1, 4))}, "key \\(3, 2, 4\\) and value \\(3, 1, 4\\) must have equal shapes"),
         ({"sinks": jnp.zeros(2)}, "one entry per query head"),
-        ({"window": 0}, "window=0 must be 1 or more"),
-        ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
-        ({"scale": float("nan")}, "scale=nan must be finite"),
+        ({"sinks": [0.0] * 4}, "sinks is a list"),
+        ({"sinks": jnp.zeros(4, jnp.int32)}, "sinks is int32"),
+        ({"window": 2.5}, "window=2.5 must be a whole number"),
+        ({"window": "4"}, "window='4' must be a whole number"),
+        ({"soft_cap": "30"}, "soft_cap='30' must be a finite number above 0"),
+        ({"soft_cap": float("inf")}, "soft_cap=inf must be a finite number above 0"),
+        ({"scale": None}, "scale=None must be a finite number"),
+        ({"scale": True}, "scale=True must be a finite number"),
+        ({"metadata": {}}, "metadata is a dict: make_metadata makes an AttentionMetadata"),
+        ({"metadata": replace(METADATA, num_decodes=0)}, "metadata.num_decodes is int: it must be int32\\(\\)"),
+        ({"metadata": replace(METADATA, context_lens=[3])}, "metadata.context_lens is list: it must be int32"),
+        ({"kv": "cache"}, "kv 'cache' is no layer cache of"),
+        ({"window": 0}, "window=0 must be .* 1 or more"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be a finite number above 0"),
+        ({"scale": float("nan")}, "scale=nan must be a finite number"),
         ({"kv": jnp.zeros((2, 8, 4))}, "make it with KVLayout"),
         ({"kv": KVLayout(num_kv_heads=2, head_dim=2, block_size=8, dtype="float32").init(2)}, "make it with KVLayout"),
         (
@@ -58,8 +75,9 @@ GOOD = {
             "'cuda' is unknown: use one of 'mosaic_tpu', 'mosaic_gpu', 'triton_gpu', 'native_cpu', 'xla', 'reference'",
         ),
         ({"implementation": "reference"}, "is no layer cache of reference"),
+        ({"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu'.*; mosaic_gpu runs on gpu, cuda, not on cpu"),
         ({"metadata": replace(METADATA, key_chunk_tokens=12)}, "multiple of the block size 8"),
-        ({"metadata": replace(METADATA, tile_size=0)}, "must be 1 or more"),
+        ({"metadata": replace(METADATA, tile_size=0)}, "metadata.tile_size=0 must be"),
         ({"metadata": replace(METADATA, slot_mapping=jnp.zeros(4, jnp.int32))}, "slot_mapping is int32\\(4,\\)"),
         ({"metadata": replace(METADATA, context_lens=jnp.zeros(1))}, "context_lens is float32"),
     ],
@@ -69,6 +87,81 @@ def test_what_does_not_fit_is_refused_with_the_remedy(change: dict, message: str
     query, key, value, kv, metadata = (arguments.pop(name) for name in ("query", "key", "value", "kv", "metadata"))
     with pytest.raises(ValueError, match=message):
         paged_attention(query, key, value, kv, metadata, **arguments)
+
+
+def test_who_names_no_implementation_is_sent_to_none_of_another_platform() -> None:
+    with pytest.raises(ValueError, match=r"KVLayout\(num_kv_heads=2, head_dim=4, ...\)\.init") as error:
+        paged_attention(*(GOOD[name] for name in ("query", "key", "value")), (), METADATA, scale=0.5)
+    assert "implementation=" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [KVLayout, AttentionCase])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be a whole number, 1 or more"),
+        ({"num_kv_heads": "2"}, "num_kv_heads='2' must be a whole number"),
+        ({"head_dim": 64.5}, "head_dim=64.5 must be a whole number"),
+        ({"block_size": True}, "block_size=True must be a whole number"),
+        ({"block_size": -8}, "block_size=-8 must be a whole number"),
+        ({"dtype": "bf16"}, "dtype='bf16' is no dtype: float32, bfloat16"),
+        ({"dtype": None}, "dtype=None is no dtype"),
+    ],
+)
+def test_shapes_that_are_none_are_refused_by_name(make: type, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**{"num_kv_heads": 2, "head_dim": 4, "block_size": 8, "dtype": "float32", **change})
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1, 2.5, "8", True])
+def test_a_cache_has_one_block_or_more(num_blocks: object) -> None:
+    with pytest.raises(ValueError, match=f"num_blocks={num_blocks!r} must be a whole number, 1 or more"):
+        LAYOUT.init(num_blocks)
+
+
+def test_a_case_has_whole_groups_of_query_heads() -> None:
+    with pytest.raises(ValueError, match="num_q_heads=7 must be a multiple of num_kv_heads=2"):
+        replace(CASE, num_q_heads=7)
+
+
+BATCH = {"block_tables": np.array([[3, 5], [1, 0]]), "context_lens": [18, 5], "query_lens": [1, 5], "block_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_tables": np.array([3, 5])}, r"block_tables is int64\(2,\): it must be whole numbers \[seqs"),
+        ({"block_tables": np.array([[3.0, 5.0], [1.0, 0.0]])}, "block_tables is float64"),
+        ({"block_tables": np.array([[3, 5]])}, "2 sequences and 1 rows of block_tables do not fit"),
+        ({"block_tables": np.zeros((5, 2), int)}, "5 rows of block_tables do not fit a bucket of 6 tokens and 2"),
+        ({"context_lens": [18]}, "1 context_lens and 2 query_lens"),
+        ({"context_lens": [18.5, 5]}, r"context_lens\[0\]=18.5 must be a whole number"),
+        ({"context_lens": [18, -5]}, r"context_lens\[1\]=-5 must be a whole number, 1 or more"),
+        ({"context_lens": [40, 5]}, "sequence 0 has 1 new of 40 tokens: .* <= 32"),
+        ({"query_lens": [1, 0]}, r"query_lens\[1\]=0 must be"),
+        ({"query_lens": [1, 6]}, "sequence 1 has 6 new of 5 tokens"),
+        ({"block_size": 0}, "block_size=0 must be"),
+        ({"block_size": 16.0}, "block_size=16.0 must be"),
+        ({"num_tokens": 3}, "6 tokens of 2 sequences and 2 rows .* a bucket of 3 tokens"),
+        ({"num_tokens": 6.5}, "num_tokens=6.5 must be"),
+        ({"num_seqs": 1}, "do not fit a bucket of 6 tokens and 1 sequences"),
+        ({"tile_size": 0}, "tile_size=0 must be"),
+        ({"tile_size": -4}, "tile_size=-4 must be"),
+        ({"key_chunk_tokens": 24}, "key_chunk_tokens=24 must be a multiple of block_size=16"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused_by_name(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_metadata(**{**BATCH, **change})
+
+
+def test_lengths_and_tables_may_be_numpy_s_jax_s_or_lists() -> None:
+    expected = make_metadata(**BATCH)
+    for kind in (jnp.asarray, lambda array: np.asarray(array).tolist(), np.int16):
+        lens = {name: np.asarray(BATCH[name]) for name in ("context_lens", "query_lens")}
+        made = make_metadata(**{**BATCH, **lens, "block_tables": kind(BATCH["block_tables"])})
+        np.testing.assert_array_equal(made.slot_mapping, expected.slot_mapping)
+        np.testing.assert_array_equal(made.block_tables, expected.block_tables)
 
 
 def test_the_first_row_that_serves_a_case_is_picked_and_a_row_can_be_asked_for() -> None:
@@ -150,6 +243,38 @@ def test_explain_has_a_line_for_each_row_with_every_reason() -> None:
     assert states_of(replace(CASE, platform="tpu")) == {"mosaic_tpu": "picked", **others}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("kind", "heads", "told"),
+    [
+        # words of 4 bytes: 128 lanes in bfloat16; in bytes as many, as half a group is none, and 128 of scales
+        ("TPU v6 lite", (1, 128), "1 key-value heads of 128 in mosaic_tpu: a token takes 1024 .* bfloat16 512;"),
+        ("TPU v6 lite", (2, 64), "a token takes 1024 bytes a layer, in bfloat16 512; use bfloat16"),
+        ("TPU v6 lite", (2, 128), "a token takes 1024 bytes a layer, in bfloat16 1024;"),
+        ("TPU v6 lite", (3, 128), "a token takes 1536 bytes a layer, in bfloat16 1536;"),
+        ("TPU v6 lite", (4, 128), None),
+        ("TPU v6 lite", (8, 128), None),
+        # two sides of 32 bytes and a scale, where 16 lanes of bfloat16 are 32 bytes
+        ("NVIDIA H200", (2, 8), "a token takes 144 bytes a layer, in bfloat16 128;"),
+        ("NVIDIA H200", (1, 128), None),
+    ],
+)
+def test_a_cache_of_bytes_that_saves_nothing_says_so(
+    kind: str, heads: tuple[int, int], told: str | None, dtype: str
+) -> None:
+    with lowering_for("tpu" if "TPU" in kind else "gpu", kind):
+        sizes = {"num_kv_heads": heads[0], "head_dim": heads[1], "block_size": 16}
+        reason = KVLayout(**sizes, dtype=dtype).why_no_saving
+        explained = explain(AttentionCase(**sizes, dtype=dtype))
+        assert KVLayout(**sizes, dtype="bfloat16").why_no_saving is None
+    if told is None:
+        assert reason is None
+        assert "saves nothing" not in explained
+    else:
+        assert re.search(told, reason or ""), reason
+        assert f"\n{'':<12} {reason}\n" in explained
+
+
 def states_of(case: AttentionCase) -> dict[str, str]:
     """What `explain` says of each row: picked, usable or no."""
     return {line.split()[0]: line.split()[1] for line in explain(case).splitlines()}
@@ -208,7 +333,7 @@ def test_a_layout_packs_and_unpacks_with_the_block_as_leading_axis(
 
 
 def test_a_layout_of_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_size=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="block_size=0 must be a whole number, 1 or more"):
         KVLayout(num_kv_heads=2, head_dim=4, block_size=0, dtype="float32")
     with pytest.raises(ValueError, match="not float16"):
         KVLayout(num_kv_heads=2, head_dim=4, block_size=8, dtype="float16")

@@ -150,3 +150,12 @@ def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatc
     result = run(engine, random_prompts(5, (5, 17, 8, 30, 1, 16, 9, 40)), params)
     assert len(result.outputs) == 8
     assert [sum(column) > 0 for column in zip(*seen, strict=True)] == [True, True], "it copied and swapped"
+
+
+def test_ids_that_are_no_whole_numbers_in_one_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="sources is float64.*whole numbers"):
+        check_copies(8, sources=[1.0], targets=[2])
+    with pytest.raises(ValueError, match=r"sources have the shape \(1, 1\)"):
+        check_copies(8, sources=[[1]], targets=[[2]])
+    with pytest.raises(ValueError, match="num_blocks=0 must be a whole number"):
+        check_copies(0, sources=[], targets=[])

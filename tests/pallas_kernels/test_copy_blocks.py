@@ -91,3 +91,24 @@ def test_staging_of_another_cache_is_refused() -> None:
         scatter_blocks(kv, ids(1, 2), gather_blocks(kv, ids(1)))
     with pytest.raises(ValueError, match="pad both with 0"):
         copy_blocks(kv, ids(1, 2), ids(3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ([1, 2], "is a list"),
+        (np.array([1, 2]), r"is int64\(2,\)"),
+        (jnp.array([1.0, 2.0]), r"is float32\(2,\)"),
+        (jnp.array([[1, 2]]), r"is int32\(1, 2\)"),
+    ],
+)
+def test_ids_that_are_no_int32_array_of_one_axis_are_refused_by_name(wrong: object, told: str) -> None:
+    kv, good = cache(), ids(1, 2)
+    for name, call in (
+        ("ids", lambda: gather_blocks(kv, wrong)),
+        ("ids", lambda: scatter_blocks(kv, wrong, gather_blocks(kv, good))),
+        ("sources", lambda: copy_blocks(kv, wrong, good)),
+        ("targets", lambda: copy_blocks(kv, good, wrong)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {told}: it must be an int32 array of one axis"):
+            call()

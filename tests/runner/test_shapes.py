@@ -7,7 +7,8 @@ from harness import TINY
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.runner import shapes
-from jaxpaged.runner.shapes import resolve_shapes, with_checked_attention
+from jaxpaged.runner.shapes import costly_cache, resolve_shapes, with_checked_attention
+from pallas_kernels import lowering_for
 from pallas_kernels.paged_attention import api
 from pallas_kernels.self_check import self_check
 
@@ -81,6 +82,16 @@ def test_what_was_asked_for_or_runs_here_is_not_checked(monkeypatch):
 def test_the_cache_has_the_dtype_that_was_asked_for_by_any_of_its_names(asked, dtype):
     config = dataclasses.replace(CONFIG, kv_cache_dtype=asked)
     assert resolve_shapes(config, TINY, "bfloat16").layout.dtype == dtype
+
+
+def test_a_cache_of_bytes_that_saves_nothing_has_a_reason_and_a_remedy():
+    config, wide = dataclasses.replace(CONFIG, kv_cache_dtype="int8"), dataclasses.replace(TINY, head_dim=128)
+    with lowering_for("tpu", "TPU v6 lite"):
+        reason = costly_cache(resolve_shapes(config, wide, "bfloat16").layout)
+        assert "saves nothing with 2 key-value heads of 128 in mosaic_tpu" in reason
+        assert reason.endswith("(kv_cache_dtype='bfloat16')")
+        assert costly_cache(resolve_shapes(CONFIG, wide, "bfloat16").layout) is None
+    assert costly_cache(resolve_shapes(config, wide, "bfloat16").layout) is None, "on a CPU it saves"
 
 
 def test_a_cache_dtype_that_nobody_keeps_is_refused_with_those_that_are():
