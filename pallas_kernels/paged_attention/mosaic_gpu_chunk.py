@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.paged_attention.mosaic_gpu_layout import ROW_MULTIPLE
 from pallas_kernels.paged_attention.padding import round_up
@@ -228,7 +228,7 @@ def nothing(shape: KernelShape) -> Partial:
     )
 
 
-def row_wise(rows: Float[Array, "rows"], num_columns: int) -> Float[Array, "rows columns"]:
+def row_wise(rows: Shaped[Array, "rows"], num_columns: int) -> Shaped[Array, "rows columns"]:
     return lax.broadcast_in_dim(rows, (ROWS, num_columns), [0])
 
 
@@ -279,7 +279,7 @@ def clear_stale_rows(shape: KernelShape, values: Ref, first: Array, end: Array) 
     columns = shape.swizzle(jnp.bfloat16) // 2
     for begin, column in itertools.product(range(0, shape.chunk, ROWS), range(0, shape.lanes, columns)):
         part = values.at[pl.ds(begin, ROWS), pl.ds(column, columns)]
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA) + begin
+        row = row_wise(plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_WISE) + begin, columns)
         old = plgpu.layout_cast(part[...], WGMMA)
         is_kept = row < end
         if shape.window is not None:

@@ -21,6 +21,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_chunk import (
     COMPILER_PARAMS,
     LOG2_E,
     MASKED,
+    ROW_WISE,
     ROWS,
     WGMMA,
     KernelShape,
@@ -51,7 +52,7 @@ def registers(shape: KernelShape) -> tuple[int, int]:
     """
     if shape.is_quantized:
         return (184, 136) if shape.lanes <= 128 else (216, 72)
-    return (232, 40)
+    return (232, 40) if shape.lanes <= 128 or shape.copies_per_chunk > 4 else (240, 24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +154,13 @@ def attend_tiles(
                 first_position = now.position + token_block * ROWS - shift
 
                 def mask(index: Array, scores: Array) -> Array:
-                    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 0, layout=WGMMA)
+                    # the last column that a row sees: one number a row takes fewer registers than one a score
+                    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_WISE)
+                    last = row + (first_position - index * chunk)
                     column = plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 1, layout=WGMMA)
-                    # positions of key minus query
-                    distance = column - row + (index * chunk - first_position)
-                    is_seen = distance <= 0
+                    is_seen = column <= row_wise(last, chunk)
                     if shape.window is not None:
-                        is_seen &= distance > -shape.window
+                        is_seen &= column > row_wise(last - shape.window, chunk)
                     return jnp.where(is_seen, scores, MASKED)
 
                 def turn(index: Array, partial: Partial) -> Partial:
