@@ -8,10 +8,15 @@ turn, keys and values both [blocks, kv_heads, block_size, head_dim]; it serves d
 
     python -m bench.kernels --repeats 5 --output bench/results/kernels.json
 
-On a GPU or TPU (or with `--device`) it is `device_kernels.py` that is asked: every case is compared with the reference,
-then decodes and prefills of real sizes are timed against JAX's own kernels and contiguous attention, and the result is
-written to bench/results/kernels-<device>.json. On a CPU the cases are small and the kernels interpreted: that proves
-that the bench runs, and its times are not those of any hardware.
+On a GPU or TPU (or with `--device`) it is another bench (`kernels_on_device.py`): every case is compared with attention
+in float64, decodes and prefills of real sizes are timed against JAX's own kernels and contiguous attention, and the
+result is written to bench/results/kernels-<device>.json as it comes. What matters most comes first
+(`kernel_agenda.py`), and nothing is begun after `--minutes`; what is missing then, another run goes on with:
+
+    python -m bench.kernels --resume bench/results/kernels-NVIDIA-H200.json
+
+On a CPU the cases are small and the kernels interpreted: that proves that the bench runs, and its times are not those
+of any hardware.
 
 `python -m bench.kernels tune` searches the sizes of its kernels instead (`tune.py`).
 """
@@ -31,11 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bench import tune
+from bench import kernels_on_device, tune
 from bench.ceilings import measured_bandwidth, measured_matmul_rate
-from bench.device_kernels import DEVICE_CASES, PEERS, SMALL_CASES, measure
 from bench.record import describe_run, note, write_result
-from bench.worker import PROJECT_ROOT
 from pallas_kernels import (
     IMPLEMENTATIONS,
     AttentionCase,
@@ -200,49 +203,13 @@ def race(case: BatchCase, names: Sequence[str], *, num_layers: int, repeats: int
     ]
 
 
-def device_names() -> list[str]:
-    """Who is timed on this device if nobody is named: its kernels, plain XLA, and the peers."""
-    platform = jax.default_backend()
-    kernels = [row.name for row in IMPLEMENTATIONS if platform in row.platforms and row.name != "reference"]
-    # without an accelerator the TPU's kernel is interpreted, so that there is one
-    return ["mosaic_tpu", "xla", *PEERS] if platform == "cpu" else [*kernels, *PEERS]
-
-
-def main_on_device(arguments: Sequence[str]) -> int:
-    """The bench on an accelerator, or small and interpreted on a CPU."""
-    is_small = jax.default_backend() == "cpu"
-    cases = SMALL_CASES if is_small else DEVICE_CASES
-    names = [*(row.name for row in IMPLEMENTATIONS), *PEERS]
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels --device")
-    parser.add_argument("--implementations", nargs="+", choices=names, default=device_names())
-    parser.add_argument("--cases", nargs="+", metavar="PART", default=[""], help="those that have one in their name")
-    parser.add_argument("--num-layers", type=int, default=2 if is_small else 8)
-    parser.add_argument("--repeats", type=int, default=1 if is_small else 10)
-    parser.add_argument("--output", type=Path, help="default on an accelerator: bench/results/kernels-<device>.json")
-    parser.add_argument("--device", action="store_true", help="this bench also without an accelerator, small")
-    args = parser.parse_args(arguments)
-    chosen = tuple(case for case in cases if any(part in case.name for part in args.cases))
-    if not chosen or args.num_layers < 1 or args.repeats < 1:
-        parser.error("--cases must fit some case, --num-layers and --repeats must be 1 or more")
-    kind = jax.devices()[0].device_kind
-    if args.output is None and not is_small:
-        args.output = PROJECT_ROOT / "bench" / "results" / f"kernels-{kind.replace(' ', '-')}.json"
-    if is_small:
-        note("on a CPU, kernels are interpreted: these times say nothing about hardware")
-    found = measure(args.implementations, chosen, num_layers=args.num_layers, repeats=args.repeats, is_small=is_small)
-    result = {**describe_run("bench.kernels", arguments), "device": kind, "jax": jax.__version__}
-    result["is_interpreted"] = is_small
-    write_result(result | found, args.output)
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["tune"]:
         return tune.main(arguments[1:])
     if "--device" in arguments or jax.default_backend() != "cpu":
-        return main_on_device(arguments)
+        return kernels_on_device.main(arguments)
     names = [*(row.name for row in IMPLEMENTATIONS), "mapped"]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)

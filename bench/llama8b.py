@@ -13,7 +13,8 @@ host worked and how long it waited for the device: where it waits in most steps,
     python -m bench.llama8b
 
 prints each result as it comes and writes bench/results/llama8b-<device>.json after each. What would begin after
-`--time-limit-s` is left out, and said. On a CPU, or with `--small`, a tiny model shows that all of it runs.
+`--time-limit-s` is left out, and said; `--resume` with that file goes on with what it lacks. On a CPU, or with
+`--small`, a tiny model shows that all of it runs.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import numpy as np
 from flax import nnx
 
 from bench.device_kernels import COPY_BYTES, copy_bandwidth
-from bench.record import describe_run, note, save_result, write_result
+from bench.record import describe_run, note, result_to_go_on_with, save_result, sources_digest, write_result
 from bench.worker import PROJECT_ROOT
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine
@@ -53,6 +54,10 @@ SMALL = dataclasses.replace(
     LLAMA_8B, vocab_size=512, model_dim=64, mlp_dim=128, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=16,
     max_position_embeddings=256, dtype="float32",
 )  # fmt: skip
+
+
+SOURCES = ("pallas_kernels/**/*.py", "pallas_kernels/**/*.json", "jaxpaged/**/*.py", "bench/llama8b.py")
+"""What a result depends on."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +223,12 @@ def measure_workload(engine: Engine, workload: Workload, rng: np.random.Generato
 
 
 def measure(scale: Scale, result: dict[str, Any], output: Path | None, *, seed: int, time_limit_s: float) -> None:
-    """Fill `result`, print each part as it comes and save it."""
+    """Fill `result` with what it has not yet, print each part as it comes and save it."""
     started = time.perf_counter()
     bandwidth = copy_bandwidth(num_bytes=scale.copy_bytes)
-    result |= {"copy_bytes_per_s": bandwidth, "decode": [], "workloads": [], "left_out": []}
+    result |= {"copy_bytes_per_s": bandwidth, "left_out": []}
+    done = {f"decode of {row['num_seqs']} at {row['context_len']}" for row in result["decode"]}
+    done |= {row["workload"] for row in result["workloads"]}
     note(f"copy {bandwidth / 1e9:.0f} GB/s; making {scale.model.num_layers} layers of random weights")
     engine = make_engine(scale, seed)
     result["attention"] = engine.runner.shapes.layout.row.name
@@ -230,7 +237,9 @@ def measure(scale: Scale, result: dict[str, Any], output: Path | None, *, seed: 
     result["load_s"] = time.perf_counter() - started
     note(f"attention by {result['attention']}, room for {result['kv_tokens']} tokens, after {result['load_s']:.0f} s")
 
-    def is_late(name: str) -> bool:
+    def is_to_be_left(name: str) -> bool:
+        if name in done:
+            return True
         if time.perf_counter() - started <= time_limit_s:
             return False
         result["left_out"].append(name)
@@ -240,7 +249,7 @@ def measure(scale: Scale, result: dict[str, Any], output: Path | None, *, seed: 
     rng = np.random.default_rng(seed)
     for num_seqs, context_len in scale.decodes:
         name = f"decode of {num_seqs} at {context_len}"
-        if not is_late(name):
+        if not is_to_be_left(name):
             found = measure_decode(engine, num_seqs, context_len, scale.num_decode_steps, bandwidth, rng)
             result["decode"].append(found)
             print(
@@ -250,7 +259,7 @@ def measure(scale: Scale, result: dict[str, Any], output: Path | None, *, seed: 
             )
             save_result(result, output)
     for workload in scale.workloads:
-        if not is_late(workload.name):
+        if not is_to_be_left(workload.name):
             found = measure_workload(engine, workload, rng)
             result["workloads"].append(found)
             beside = "; ".join(f"{one['output_tokens_per_s']:,} by {one['by']}" for one in found["published"])
@@ -273,20 +282,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs; always on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit-s", type=float, default=480.0, help="nothing is begun after it (%(default)s)")
-    parser.add_argument("--output", type=Path, help="default, but for --small: bench/results/llama8b-<device>.json")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result, to go on with what it lacks")
+    parser.add_argument(
+        "--output", type=Path,
+        help="default: that of --resume, or, but for --small, bench/results/llama8b-<device>.json",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     if not math.isfinite(args.time_limit_s) or args.time_limit_s <= 0:
         parser.error("--time-limit-s must be above 0")
     is_small = args.small or jax.default_backend() == "cpu"
     kind = jax.devices()[0].device_kind
-    if args.output is None and not is_small:
-        args.output = PROJECT_ROOT / "bench" / "results" / f"llama8b-{kind.replace(' ', '-')}.json"
+    scale = SMALL_SCALE if is_small else FULL_SCALE
+    identity = {"device": kind, "jax": jax.__version__, "is_small": is_small, "dtype": scale.model.dtype}
+    identity |= {"engine_options": scale.options, "sources": sources_digest(SOURCES)}
+    found: dict[str, Any] = {"decode": [], "workloads": []}
+    if args.resume is not None:
+        try:
+            found = result_to_go_on_with(args.resume, identity, found)
+        except ValueError as error:
+            parser.error(f"--resume {args.resume}: {error}")
+    if args.output is None:
+        default = None if is_small else PROJECT_ROOT / "bench" / "results" / f"llama8b-{kind.replace(' ', '-')}.json"
+        args.output = args.resume or default
     if is_small:
         note("a tiny model: these figures say nothing about an 8B Llama")
     keep_compiles()
-    scale = SMALL_SCALE if is_small else FULL_SCALE
-    result = {**describe_run("bench.llama8b", arguments), "device": kind, "jax": jax.__version__}
-    result |= {"is_small": is_small, "dtype": scale.model.dtype, "engine_options": scale.options}
+    result = {**describe_run("bench.llama8b", arguments), **identity, **found}
     result["published"] = [
         {"workload": name, "output_tokens_per_s": figure, "by": by} for name, figure, by in PUBLISHED
     ]

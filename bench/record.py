@@ -1,11 +1,12 @@
 """What a measurement must say about itself: where, when, by which command, at which commit. Results are JSON files."""
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def describe_run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": {"system": platform.platform(terse=True), "cpu": _cpu_name(), "num_cores": os.cpu_count()},
     }
+
+
+def sources_digest(patterns: Sequence[str]) -> str:
+    """A digest of the project's files that fit these patterns: results of other sources are not gone on with."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in PROJECT_ROOT.glob(pattern)}):
+        digest.update(path.relative_to(PROJECT_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _commit() -> str | None:
@@ -54,10 +63,34 @@ def write_result(result: dict[str, Any], output: Path | None) -> None:
 
 
 def save_result(result: dict[str, Any], output: Path | None) -> None:
-    """Write what there is so far to `output` if there is one, so that a run that is cut short leaves it behind."""
+    """Write what there is so far to `output` if there is one, so that a run that is cut short leaves it behind.
+
+    The file is replaced as a whole, so that it is one of JSON whenever the process ends.
+    """
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        beside = output.with_name(output.name + ".part")
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+        beside.replace(output)
+
+
+def result_to_go_on_with(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The `parts` of a result in a file. ValueError where it cannot be read, lacks one, or was made of something else.
+
+    `identity` is what a result must say of device, versions and sources.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"it cannot be read: {error}") from error
+    if not isinstance(found, dict) or not set(parts) <= set(found):
+        raise ValueError("it is no result of this bench")
+    others = [
+        f"{name} {found.get(name)!r}, not {value!r}" for name, value in identity.items() if found.get(name) != value
+    ]
+    if others:
+        raise ValueError(f"it was made with {', '.join(others)}: leave --resume out, to begin anew")
+    return {name: found[name] for name in parts}
 
 
 def note(text: str) -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.record import describe_run, note, write_result
+from bench.record import describe_run, note, save_result, write_result
 from bench.shapes import SHAPES
 from jaxpaged.core.scheduler_output import BlockCopy
 from jaxpaged.runner.host_pool import PinnedPool
@@ -117,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     block_bytes = sum(leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(kv))
     ceilings = measured_ceilings(CEILING_BYTES, args.repeats)
     is_pinned = None if args.pool == "auto" else args.pool == "pinned"
+    result = {**describe_run("bench.swap", arguments), "jax": jax.__version__, "pool": args.pool}
+    result |= {"device": jax.devices()[0].device_kind, "shape": shape.name, "dtype": args.dtype}
+    result["block_bytes"] = block_bytes
     rows: list[dict[str, Any]] = []
     for staging in args.staging:
         note(f"{staging} blocks staged at once")
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "staging": staging, "num_blocks": num_blocks, "way": way, "ms": statistics.median(values) * 1e3,
                     "ms_min": min(values) * 1e3, "bytes_per_s": rate, "compile_s": compile_s,
                 })  # fmt: skip
+        save_result({**result, "ceilings_bytes_per_s": ceilings, "rows": rows}, args.output)
     after = measured_ceilings(CEILING_BYTES, args.repeats)
     ceilings = {name: max(value, after[name]) for name, value in ceilings.items()}
     for row in rows:
@@ -142,10 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(f"{row['staging']:>7}{row['num_blocks']:>8}  {row['way']:<5}{row['ms']:9.2f}{row['ms_min']:9.2f}"
               f"{row['bytes_per_s'] / 1e9:8.2f}{row['fraction_of_link']:9.0%}")  # fmt: skip
-    result = {**describe_run("bench.swap", arguments), "jax": jax.__version__, "pool": args.pool}
-    result |= {"device": jax.devices()[0].device_kind, "shape": shape.name, "dtype": args.dtype}
-    result |= {"block_bytes": block_bytes, "ceilings_bytes_per_s": ceilings, "rows": rows}
-    write_result(result, args.output)
+    write_result({**result, "ceilings_bytes_per_s": ceilings, "rows": rows}, args.output)
     return 0
 
 

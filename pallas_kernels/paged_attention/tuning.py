@@ -132,7 +132,10 @@ def write_entries(path: Path, device_kind: str, entries: Iterable[Entry]) -> Non
     chosen = {entry.shape: entry for entry in (*read_entries(path), *entries)}
     content = {"device": device_kind, "entries": [entry.as_json() for entry in chosen.values()]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # replaced as a whole: who reads it, or ends this process, never meets half a file
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def check_sizes(shape: ShapeClass, sizes: Sizes) -> None:

@@ -59,6 +59,27 @@ def test_a_decode_step_reads_the_weights_of_llama_8b_once() -> None:
     assert step_bytes(LLAMA_8B, 3, 10) - step_bytes(LLAMA_8B, 0, 0) == 3 * 10 * 128 * 2**10
 
 
+def test_another_run_goes_on_with_what_a_result_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "llama8b.json"
+    assert main(["--small", "--time-limit-s", "1e-6", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    decode = [{"num_seqs": num_seqs, "context_len": context_len} for num_seqs, context_len in SMALL_SCALE.decodes]
+    workloads = [{"workload": workload.name} for workload in SMALL_SCALE.workloads if workload.name != "8/8"]
+    output.write_text(json.dumps(result | {"decode": decode, "workloads": workloads}))
+    capsys.readouterr()
+    assert main(["--small", "--resume", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["decode"] == decode
+    assert found["workloads"][:-1] == workloads
+    assert found["workloads"][-1]["output_tokens_per_s"] > 0
+    assert found["left_out"] == []
+
+    output.write_text(json.dumps(result | {"device": "NVIDIA H200"}))
+    with pytest.raises(SystemExit):
+        main(["--small", "--resume", str(output)])
+    assert "it was made with device 'NVIDIA H200', not 'cpu'" in capsys.readouterr().err
+
+
 def test_published_figures_name_their_source() -> None:
     assert all(figure > 1000 and ("H200" in by or "H100" in by) for _, figure, by in PUBLISHED)
     assert {name for name, _, _ in PUBLISHED} == {"128/128", "1000/1000", "128/2048", "2048/128", "ShareGPT"}
