@@ -49,6 +49,14 @@ def interpreting(name: str) -> Iterator[None]:
         yield
 
 
+def does_device_answer() -> bool:
+    """Whether programs still run: after an illegal access of a kernel none does, in the whole process."""
+    try:
+        return int(jax.jit(lambda number: number + 1)(jnp.int32(1))) == 2
+    except Exception:  # whatever a runtime raises
+        return False
+
+
 def copy_bandwidth(*, num_bytes: int = COPY_BYTES, repeats: int = 8) -> float:
     """Bytes a second that the device reads and writes when it copies an array; the best of repeats."""
     add = jax.jit(lambda array: array + jnp.uint32(1))

@@ -3,7 +3,8 @@
 First what the picked kernel computes is compared with float64. Then cases with a goal are timed, by it and by
 contiguous attention; then all its other cases, the other peers, and last the other implementations: first whether they
 are right, then their times. Each result is written as it comes, with the name of what is under way: a kernel that
-never ends is given up after some minutes, and when a run goes on with a file, what it was killed in comes last.
+never ends, or after which the device answers no more, ends the run, and when another goes on with the file, what the
+first was killed in comes last.
 """
 
 import statistics
@@ -18,7 +19,14 @@ import jax
 
 from bench import deadline
 from bench.device_cases import CONTIGUOUS_GOAL, DTYPE, DeviceCase, ceiling_goal, check_of, has_goal
-from bench.device_kernels import TOLERANCE, attention_case, interpreting, largest_error, times_ms
+from bench.device_kernels import (
+    TOLERANCE,
+    attention_case,
+    does_device_answer,
+    interpreting,
+    largest_error,
+    times_ms,
+)
 from bench.device_layers import CONTIGUOUS, PEERS, ours
 from bench.record import note, save_result
 from pallas_kernels import misfits
@@ -89,6 +97,8 @@ class Run:
     repeats: int
     bandwidth: float
     matmul_rate: float
+    is_device_lost: bool = False
+    """Whether the device answers no more: all that this process would yet find is that."""
 
     def do_all(self, jobs: Sequence[Job], until: float) -> None:
         """All jobs that the result has not, but none that would begin after the time `until` of `perf_counter`."""
@@ -97,7 +107,7 @@ class Run:
         todo = [job for job in jobs if job.name not in done and (job.kind == "time" or not job.reasons_against())]
         print(f"{'case':<40}{'implementation':<18}{'ms':>10}{'min':>10}{'ceiling':>10}{'of it':>7}{'compile s':>11}")
         for job in sorted(todo, key=lambda job: job.name == killed_in):
-            if time.perf_counter() >= until or not self._may_be_timed(job):
+            if self.is_device_lost or time.perf_counter() >= until or not self._may_be_timed(job):
                 left_out.append(job.name)
                 continue
             self.result["under_way"] = job.name
@@ -127,12 +137,17 @@ class Run:
         self.result["failed"].append({**job.labels, "because": reason})
         print(f"{job.name}: FAILED, {reason}", flush=True)
 
+    def _told(self, failure: Exception) -> str:
+        reason = (str(failure) or type(failure).__name__).splitlines()[0][:200]
+        self.is_device_lost = not does_device_answer()
+        return reason + "; the device answers no more, which ended the run: --resume" * self.is_device_lost
+
     def _check(self, job: Job) -> None:
         note(job.name)
         try:
             error = largest_error(job.case, job.implementation)
         except Exception as failure:  # whatever a compiler raises
-            self._fail(job, _told(failure))
+            self._fail(job, self._told(failure))
             return
         if error > TOLERANCE:
             self._fail(job, f"wrong by {error:.3g}")
@@ -154,7 +169,8 @@ class Run:
             with jax.numpy_dtype_promotion("standard" if is_peer else "strict"), interpreting(job.implementation):
                 timed = times_ms(make(job.case, self.num_layers), self.num_layers, self.repeats)
         except Exception as failure:  # whatever a peer raises is why it has no time
-            self._not_timed(job, _told(failure)) if is_peer else self._fail(job, _told(failure))
+            reason = self._told(failure)
+            self._not_timed(job, reason) if is_peer else self._fail(job, reason)
             return
         self._timed(job, *timed)
 
@@ -179,10 +195,6 @@ class Run:
             **job.labels, "dtype": case.dtype, "ms": median, "ms_min": min(times), "num_repeats": len(times),
             "ceiling_ms": ceiling_ms, "fraction_of_ceiling": ceiling_ms / median, "compile_s": compile_s,
         })  # fmt: skip
-
-
-def _told(failure: Exception) -> str:
-    return (str(failure) or type(failure).__name__).splitlines()[0][:200]
 
 
 def verdicts(result: dict[str, Any], jobs: Sequence[Job], picked: str) -> list[dict[str, Any]]:

@@ -33,7 +33,14 @@ import jax
 
 from bench import deadline
 from bench.device_cases import GROUP_4, DeviceCase
-from bench.device_kernels import TOLERANCE, attention_case, calls_of_a_repeat, interpreting, largest_error
+from bench.device_kernels import (
+    TOLERANCE,
+    attention_case,
+    calls_of_a_repeat,
+    does_device_answer,
+    interpreting,
+    largest_error,
+)
 from bench.device_layers import our_caches, our_program
 from bench.record import describe_run, note, sources_digest, write_result
 from bench.tune_classes import PLANS, SEARCHED, SMALL_PLANS, SMALL_SEARCH, Plan, Size, with_size
@@ -50,6 +57,8 @@ from pallas_kernels.paged_attention.tuning import (
     write_entries,
 )
 
+RACE_LIMITS = 4
+"""A race of all candidates on all cases may take so many times as long as one thing."""
 MIN_GAIN = 0.02
 """Of the time, below which a difference counts as noise."""
 
@@ -135,22 +144,43 @@ class Search:
                 self.rows.append({"class": self.plan.name, "size": size.name, "value": value, "because": reason})
                 print(f"{self.plan.name:<36}{size.name:<26}{value:>9}  out: {reason}", flush=True)
         if len(candidates) > 1:
-            self._race(size, candidates, num_layers, repeats)
+            self._race_or_leave(size, candidates, num_layers, repeats)
         self.searched.append(size.name)
         self.saved(self.entry)
+
+    def _race_or_leave(
+        self, size: Size, candidates: Sequence[tuple[int | None, Sizes]], num_layers: int, repeats: int
+    ) -> None:
+        """Race; where some candidate fails at these sizes, or never ends, the size stays as it was and the run ends."""
+
+        def last_words() -> None:
+            self.searched.append(size.name)
+            self.saved(self.entry)
+            print(f"{self.plan.name}: timing {size.name} did not end well, and ends the run: it stays", flush=True)
+
+        with deadline.given_up_after(RACE_LIMITS * deadline.JOB_LIMIT_S, last_words):
+            try:
+                self._race(size, candidates, num_layers, repeats)
+            except Exception:
+                last_words()
+                raise
 
     def _fault(self, sizes: Sizes) -> str | None:
         named = f"{dict(sizes.launch)} {dict(sizes.tiles)}"
         if named in self.endless:
-            return "did not end in the run before"
+            return "did not end well in the run before"
 
         def last_words() -> None:
             self.endless.append(named)
             self.saved(self.entry)
-            print(f"{self.plan.name}: {named} did not end, which ends the run: --resume goes on without it", flush=True)
+            print(f"{self.plan.name}: {named} did not end well, and ends the run: --resume leaves it out", flush=True)
 
         with deadline.given_up_after(deadline.JOB_LIMIT_S, last_words):
-            return fault(self.plan, self.implementation, sizes)
+            reason = fault(self.plan, self.implementation, sizes)
+        if reason is not None and not does_device_answer():
+            last_words()
+            raise SystemExit(f"{reason}: after it, the device answers no more")
+        return reason
 
     def _race(self, size: Size, candidates: Sequence[tuple[int | None, Sizes]], num_layers: int, repeats: int) -> None:
         """Time the candidates; the best of them is the best so far."""

@@ -13,6 +13,7 @@ import pytest
 
 from bench import deadline
 from bench.device_cases import DEVICE_CASES, SMALL_CASES, as_checked, check_of, checks_for, has_goal
+from bench.device_kernels import does_device_answer
 from bench.device_layers import CONTIGUOUS, PEERS
 from bench.float64_attention import attend_in_float64
 from bench.kernel_agenda import Job, Run, agenda, empty_result, verdicts
@@ -145,6 +146,30 @@ def test_a_kernel_that_fails_is_not_timed_there_and_all_else_goes_on(
             "because": f"on its check it {failed['because']}"} in result["not_timed"]  # fmt: skip
     goals = verdicts(result, JOBS, "xla")
     assert [goal["verdict"] for goal in goals] == ["missed"]
+
+
+def test_a_kernel_after_which_the_device_is_lost_ends_the_run_and_blames_no_other(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error(case: BatchCase, name: str) -> float:
+        if case.name == JOBS[1].case.name:
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+        return 0.001
+
+    monkeypatch.setattr("bench.kernel_agenda.largest_error", error)
+    monkeypatch.setattr("bench.kernel_agenda.does_device_answer", lambda: False)
+    output = tmp_path / "kernels.json"
+    result = do_all(output)
+    (failed,) = result["failed"]
+    assert failed["because"].startswith("CUDA_ERROR_ILLEGAL_ADDRESS; the device answers no more")
+    assert result["left_out"] == [job.name for job in JOBS[2:]]
+    result = do_all(output)
+    assert result["left_out"] == []
+    assert len(result["failed"]) == 1
+
+
+def test_the_device_of_these_tests_answers() -> None:
+    assert does_device_answer()
 
 
 def test_a_kernel_that_never_ends_is_given_up_and_said(

@@ -209,12 +209,38 @@ def test_a_candidate_that_never_ends_ends_the_run_and_is_left_out_of_the_next(
     stubbed.setattr(deadline, "leave", lambda status: left.set())
     with pytest.raises(KeyboardInterrupt):
         main(["tune", "--device", "--output", str(output)])
-    assert "did not end, which ends the run" in capsys.readouterr().out
+    assert "did not end well, and ends the run" in capsys.readouterr().out
     stubbed.setattr(deadline, "JOB_LIMIT_S", 60.0)
     found = tune_small(output, capsys, "--resume")
-    assert (512, "did not end in the run before") in [(row["value"], row.get("because")) for row in found["rows"]]
+    assert (512, "did not end well in the run before") in [(row["value"], row.get("because")) for row in found["rows"]]
     assert found["unfinished"] == []
     assert read_entries(output)[0].sizes.launch["max_decode_chunk_tokens"] == 16
+
+
+def test_a_candidate_after_which_the_device_is_lost_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stubbed: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "tuned.json"
+    stubbed.setattr("bench.tune.largest_error", lambda case, name, sizes: 1 / 0)
+    stubbed.setattr("bench.tune.does_device_answer", lambda: False)
+    with pytest.raises(SystemExit, match="division by zero: after it, the device answers no more"):
+        main(["tune", "--device", "--output", str(output)])
+    (entry,) = read_entries(output)
+    assert entry.measured["searched"] == []
+    assert len(entry.measured["endless"]) == 1
+
+
+def test_a_size_that_cannot_be_timed_stays_and_the_next_run_goes_on_behind_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stubbed: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "tuned.json"
+    with stubbed.context() as broken:
+        broken.setattr("bench.tune.times_in_turn", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["tune", "--device", "--output", str(output)])
+    assert "timing max_decode_chunk_tokens did not end well, and ends the run: it stays" in capsys.readouterr().out
+    found = tune_small(output, capsys, "--resume")
+    assert {row["size"] for row in found["rows"]} == {"decode_chunk_bytes"}
 
 
 def test_a_size_that_changes_nothing_is_not_tried() -> None:
