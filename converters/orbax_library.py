@@ -16,8 +16,9 @@ MERGING = "Skipping merge of OCDBT"
 
 
 def library() -> Any:
-    """Return orbax.checkpoint."""
-    import orbax.checkpoint as ocp  # noqa: PLC0415  optional, and slow to import
+    """Return orbax.checkpoint. Extension modules make an ImportError of a Ctrl-C: it waits for the import."""
+    with held_interrupts():
+        import orbax.checkpoint as ocp  # noqa: PLC0415  optional, and slow to import
 
     return ocp
 

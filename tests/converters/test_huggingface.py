@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoints
+from families import write_family
 from safetensors.numpy import save_file
 from tiny_checkpoints import hf_config, weights, write_case, write_folder
 
@@ -374,4 +375,10 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
     (source / "config.json").unlink()
     os.mkfifo(source / "config.json")
     with pytest.raises(ValueError, match="config.json: is no file"):
+        load_huggingface(source)
+
+
+def test_a_part_of_a_head_that_cannot_be_rotated_is_refused_in_the_words_of_the_file(tmp_path):
+    source = write_family(tmp_path / "hf", "gpt_neox", rotary_pct=0.125 * 3)  # of heads of 8
+    with pytest.raises(ValueError, match="rotary_pct=0.375 of head_dim=8 rotates 3 dimensions"):
         load_huggingface(source)
