@@ -45,12 +45,13 @@ def check_names(given: Iterable[str], wanted: Iterable[str], where: str) -> None
     given, wanted = set(given), set(wanted)
     if wanted - given:
         raise ValueError(
-            f"{where}: missing parameters: {shown_names(wanted - given)}: it is incomplete, or config.json another model's"
+            f"{where}: missing parameters: {shown_names(wanted - given)}: it is incomplete, or config.json is of "
+            "another model"
         )
     if given - wanted:
         raise ValueError(
-            f"{where}: parameters the model does not have: {shown_names(given - wanted)}: take them out, or config.json "
-            "is another model's"
+            f"{where}: parameters the model does not have: {shown_names(given - wanted)}: take them out, or "
+            "config.json is of another model"
         )
 
 
