@@ -11,8 +11,8 @@ from jaxpaged.interrupts import held_interrupts
 
 LONGEST_WAIT_S = 600.0
 """For what is under way when an event loop is closed."""
-MERGING = "Skipping merge of OCDBT"
-"""Orbax's warning that there is no database to merge: we make none."""
+OF_NO_USE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception")
+"""What Orbax logs of a database to merge, when we make none, and of an exception that it raises too."""
 
 
 def library() -> Any:
@@ -57,7 +57,7 @@ def _said(error: Exception) -> str:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    return MERGING not in record.getMessage()
+    return not any(text in record.getMessage() for text in OF_NO_USE)
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):

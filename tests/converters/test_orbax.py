@@ -409,6 +409,27 @@ def test_an_interrupt_while_orbax_saves_waits_for_its_threads_and_leaves_nothing
     assert [path.name for path in native.parent.iterdir()] == ["native"]
 
 
+FULL_DISK = """
+import resource, signal, sys
+from converters.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # no file may be longer
+sys.exit(main([sys.argv[1], sys.argv[2], "--to", "orbax", "--quiet"]))
+"""
+
+
+def test_a_disk_that_takes_no_more_while_orbax_saves_is_told_in_a_line_and_leaves_nothing(native):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, native, native.parent / "out"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    out = re.escape(str(native.parent / "out"))
+    said = f"error: {out}: cannot be written \\(Orbax says: .*\\), and nothing was: .*\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
+    assert [path.name for path in native.parent.iterdir()] == ["native"]
+
+
 def test_a_save_that_fails_names_the_target_and_what_orbax_says(native, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device [tensorstore_spec='{}']")
