@@ -2,10 +2,16 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from converters.formats import convert
 from converters.sources import FORMATS, NATIVE
+from jaxpaged.interrupts import insistent_interrupts
 from jaxpaged.models.config import DTYPES
 
 
@@ -22,24 +28,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that format")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     chosen = parser.parse_args(arguments)
+    before = _identity(chosen.target)
     try:
-        report = convert(
-            chosen.source,
-            chosen.target,
-            to=chosen.to,
-            dtype=chosen.dtype,
-            overwrite=chosen.overwrite,
-            show_progress=not chosen.quiet,
-        )
-    except (ValueError, OSError) as error:
+        with insistent_interrupts(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            report = convert(
+                chosen.source,
+                chosen.target,
+                to=chosen.to,
+                dtype=chosen.dtype,
+                overwrite=chosen.overwrite,
+                show_progress=not chosen.quiet,
+            )
+    except ValueError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
+        was_too_late = _identity(chosen.target) != before
+        print("error: interrupted,", "when all was written" if was_too_late else "nothing was written", file=sys.stderr)
         return 130
     if not chosen.quiet:
         print(report)
     return 0
+
+
+def _identity(target: str) -> int | None:
+    """Return what another folder of that name would have otherwise."""
+    return Path(target).stat().st_ino if Path(target).exists() else None
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    """Print a warning as one line, above the progress bar."""
+    tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

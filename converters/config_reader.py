@@ -104,6 +104,9 @@ class ConfigReader:
             if name in self._known or name in WITHOUT_EFFECT:
                 continue
             if name not in HARMLESS_VALUES:
-                raise ValueError(f"attribute {name!r} ({value!r}) is not known to this converter, and might matter")
+                raise ValueError(
+                    f"attribute {name!r} ({value!r}) is not known to this converter, and might matter: take it out of "
+                    "config.json only if logits do not depend on it"
+                )
             if value not in HARMLESS_VALUES[name]:
                 raise ValueError(f"{name}={value!r} is not supported: it must be one of {HARMLESS_VALUES[name]}")

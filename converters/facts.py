@@ -153,18 +153,26 @@ def rope(
         "rope_scaling": rope_scaling(
             reader, parameters, original_length or facts["max_position_embeddings"], type_aliases
         ),
-        "rotary_dim": None if rotary_factor is None else rotary_dim(factor, rotary_factor, facts["head_dim"]),
+        "rotary_dim": None
+        if rotary_factor is None
+        else rotary_dim(factor, rotary_factor, facts["head_dim"], rotary_factor_name),
     }
 
 
-def rotary_dim(factor: Any, default: float, head_dim: Any) -> int | None:
+def rotary_dim(factor: Any, default: float, head_dim: Any, name: str) -> int | None:
     """Return how many dimensions of a head are rotated, None for all of them."""
     factor = default if factor is None else factor
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
-        raise ValueError(f"partial_rotary_factor={factor!r} must be a number above 0, up to 1")
+        raise ValueError(f"{name}={factor!r} must be a number above 0, up to 1")
     if not isinstance(head_dim, int):
         raise ValueError(f"head_dim={head_dim!r} must be a whole number")
-    return None if factor == 1 else int(head_dim * factor)
+    dims = int(head_dim * factor)
+    if dims % 2 or dims < 2:
+        raise ValueError(
+            f"{name}={factor!r} of head_dim={head_dim} rotates {dims} dimensions: they must be an even "
+            "number, from 2 on"
+        )
+    return None if factor == 1 else dims
 
 
 def rope_scaling(

@@ -211,7 +211,7 @@ def _write(
     removed = remove_dead_partials(target.absolute())
     with (
         tqdm(total=len(exports or specs), unit="tensor", desc="converting", disable=not show_progress) as bar,
-        new_folder(target.absolute()) as partial,
+        new_folder(target) as partial,
     ):
         if to == NATIVE:
             files = write_tensors(

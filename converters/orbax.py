@@ -1,9 +1,8 @@
 """Orbax checkpoints: a folder with our facts in config.json, the tokenizer's files, and the checkpoint in `orbax/`.
 
-The tree is that of `nnx.state(model)`: what a trainer in JAX saves. orbax is imported when it is used.
+The tree is that of `nnx.state(model)`: what a trainer in JAX saves (`orbax_tree.py`).
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from converters.plain_zarr import FACTS_FILE, PlainArray, PlainReader, plain_array
+from converters.orbax_library import library, naming, saving
+from converters.orbax_tree import TREE, nest, plain_arrays, refuse_surroundings, stored_leaves
+from converters.plain_zarr import PlainReader
 from jaxpaged.models import checkpoint
 from jaxpaged.models.config import ModelConfig
 from jaxpaged.models.data_file import cast
@@ -27,14 +28,8 @@ from jaxpaged.models.tensor_files import read_json
 
 FORMAT = "jaxpaged-orbax"
 SUBFOLDER = "orbax"
-TREE = "_METADATA"
 MARKS = ("_CHECKPOINT_METADATA", TREE)
 """Files that tell an Orbax checkpoint."""
-DATABASE = "manifest.ocdbt"
-"""Where orbax has put arrays into a key-value database, as it does by default."""
-ARRAY_KINDS = ("np.ndarray", "jax.Array")
-"""What the tree calls an array, which has a folder with one of these files unless there is a database."""
-FACTS_FILES = (FACTS_FILE, "zarr.json")
 CHUNK_BYTES = 64 * 2**20
 """Of an array in the files: a device that restores its part reads whole chunks."""
 MOST_READ = 16
@@ -67,37 +62,22 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def save(folder: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Write the parameters as an Orbax checkpoint `folder`, which must not be there.
+    """Write the parameters as an Orbax checkpoint `folder`, which must not be there; OSError if it cannot be written.
 
     No array is copied in memory, so that views of files stay on the disk. Chunks are plain files (`plain_zarr.py`).
     """
-    ocp = _import()
+    ocp = library()
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
     )
-    tree = _nested(arrays)
+    tree = nest({tuple(name.split(".")): array for name, array in arrays.items()})
     options = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False, use_ocdbt=False)
-    with _without_talk_of_merging(), ocp.Checkpointer(handler) as checkpointer:
+    with saving(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             folder.absolute(), ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda leaf: options, tree))
         )
-
-
-@contextmanager
-def _without_talk_of_merging() -> Iterator[None]:
-    """Keep back orbax's warning that there is no database to merge: none is made."""
-
-    def is_of_use(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_of_use)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_of_use)
 
 
 @dataclass(frozen=True)
@@ -120,29 +100,30 @@ class OpenFolder:
         """Return a parameter as numpy has it."""
         dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
         if self.plain is not None:
-            with _naming(self.path, f"parameter {name!r}"):
+            with naming(self.path, f"parameter {name!r}"):
                 return cast(self.plain.read(name), dtype)
-        ocp = _import()
+        ocp = library()
         return self._restore([name], lambda path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))[0]
 
     def restore(self, names: Sequence[str], sharding: Callable[[str], jax.sharding.Sharding]) -> list[jax.Array]:
         """Return parameters, each restored straight onto the devices that `sharding` gives for its path."""
-        ocp = _import()
+        ocp = library()
         dtype = checkpoint.NUMPY_DTYPES[self.config.dtype]
         return self._restore(names, lambda path: ocp.ArrayRestoreArgs(sharding=sharding(path), dtype=dtype))
 
     def _restore(self, names: Sequence[str], options: Callable[[str], Any]) -> list[Any]:
-        ocp = _import()
+        ocp = library()
         specs = parameter_specs(self.model)
         # so that no second large one is read beside a large one
         most_bytes = max(self.most_bytes[name] for name in names) + 2**20
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=most_bytes / 1e9)
         wanted = {self.names[name]: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype) for name in names}
         arguments = {self.names[name]: options(name) for name in names}
-        with _naming(self.path, f"parameters {names[0]!r} to {names[-1]!r}"), ocp.Checkpointer(handler) as checkpointer:
+        what = f"parameter {names[0]!r}" if len(names) == 1 else f"one of {names[0]!r} to {names[-1]!r}"
+        with naming(self.path, what), ocp.Checkpointer(handler) as checkpointer:
             restored = checkpointer.restore(
-                self.path,
-                args=ocp.args.PyTreeRestore(_nest(wanted), restore_args=_nest(arguments), partial_restore=True),
+                self.path.absolute(),
+                args=ocp.args.PyTreeRestore(nest(wanted), restore_args=nest(arguments), partial_restore=True),
             )
         found = []
         for name in names:
@@ -164,11 +145,14 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
     checkpoint.read_generation_defaults(folder)
     if dtype is not None:
         config = checkpoint.config_with_dtype(config, dtype)
-    path = (folder / SUBFOLDER).absolute()
+    path = folder / SUBFOLDER
+    if not path.is_dir():
+        raise ValueError(f"{path}: not there: an Orbax folder has its checkpoint in {SUBFOLDER}/; convert it again")
     model = build_abstract(config, max_model_len=max_model_len)
     specs = parameter_specs(model)
-    arrays = _plain_arrays(path)
-    leaves = _leaves(path) if arrays is None else {name: ((), array) for name, array in arrays.items()}
+    arrays = plain_arrays(path)
+    leaves = stored_leaves(path) if arrays is None else {name: ((), array) for name, array in arrays.items()}
+    refuse_surroundings(leaves, specs, path)
     check_names(leaves, specs, str(path))
     for name, spec in specs.items():
         shape, stored = leaves[name][1].shape, np.dtype(leaves[name][1].dtype)
@@ -195,42 +179,11 @@ def open_folder(folder: Path, dtype: str | None, *, max_model_len: int | None = 
         yield OpenFolder(path, config, model, num_cast, names=places, most_bytes=most_bytes)
         return
     for name, array in arrays.items():
-        with _naming(path, f"parameter {name!r}"):
+        with naming(path, f"parameter {name!r}"):
             array.check()
     with PlainReader() as reader:
         plain = ReadAhead(lambda name: reader.begin(arrays[name]), lambda name: arrays[name].num_bytes)
         yield OpenFolder(path, config, model, num_cast, plain=plain)
-
-
-def _plain_arrays(path: Path) -> dict[str, PlainArray] | None:
-    """Return every array of a checkpoint whose arrays are all plain files, by our path; None for any other.
-
-    Names are those of the tree in orbax's own metadata, which it gives the folders of arrays too. ValueError for one
-    that has no folder.
-    """
-    if (path / DATABASE).exists() or not (path / TREE).is_file():
-        return None
-    try:
-        leaves = [
-            (".".join(str(key["key"]) for key in leaf["key_metadata"]), leaf["value_metadata"]["value_type"])
-            for leaf in read_json(path / TREE)["tree_metadata"].values()
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None  # orbax says what is wrong
-    found = {}
-    for name, kind in leaves:
-        is_of_folder = Path(name).name == name and name != ".."
-        if is_of_folder and kind in ARRAY_KINDS and not any((path / name / facts).is_file() for facts in FACTS_FILES):
-            raise ValueError(f"{path}: parameter {_our_path(name)!r} is not there: copy or convert it again")
-        array = plain_array(path / name, checkpoint.NUMPY_DTYPES.values()) if is_of_folder else None
-        if array is None or _our_path(name) in found:
-            return None
-        found[_our_path(name)] = array
-    return found
-
-
-def _our_path(name: str) -> str:
-    return name.removesuffix(".value")  # of an nnx.State, is no part of it
 
 
 def _read_bytes(leaf: Any, dtype: str) -> int:
@@ -282,53 +235,3 @@ def load(
         return opened.config, fill(opened.model, draw(), put=put or spread)
 
 
-def _leaves(path: Path) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Return each array's keys in the tree and its metadata, by our path."""
-    ocp = _import()
-    if not path.is_dir():
-        raise ValueError(f"{path}: not there: an Orbax folder has its checkpoint in {SUBFOLDER}/; convert it again")
-    with _naming(path, "the tree"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata
-        if tree is None:
-            raise ValueError("no Orbax checkpoint of arrays is there")
-        flat = jax.tree_util.tree_flatten_with_path(tree.tree)[0]
-    leaves = {}
-    for keys, leaf in flat:
-        names = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise ValueError(f"{path}: {'.'.join(names)!r} is no array: only parameters can be loaded")
-        ours = _our_path(".".join(names))
-        if ours in leaves:
-            raise ValueError(f"{path}: parameter {ours!r} is there twice, with and without 'value': take one out")
-        leaves[ours] = (names, leaf)
-    return leaves
-
-
-@contextmanager
-def _naming(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever orbax raises into a ValueError that names the checkpoint."""
-    try:
-        yield
-    except Exception as error:  # orbax and tensorstore have no common type of their errors
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: {what} cannot be restored ({text}): copy or convert it again") from error
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return _nest({tuple(name.split(".")): array for name, array in arrays.items()})
-
-
-def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for keys, value in flat.items():
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = value
-    return tree
-
-
-def _import() -> Any:
-    import orbax.checkpoint as ocp  # noqa: PLC0415  optional, and slow to import
-
-    return ocp

@@ -1,4 +1,7 @@
-"""What Ctrl-C does while the command line starts, and while it works. Imports little: it stands before the imports."""
+"""What Ctrl-C does while the command line starts, while it works, and while files are in between two states.
+
+Imports little: it stands before the imports.
+"""
 
 import os
 import signal
@@ -69,3 +72,37 @@ def insistent_interrupts() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, replaced[0])
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def held_interrupts(*, told: str = "") -> Iterator[None]:
+    """Ctrl-C in this block takes effect at its end: it is for what must not be left half done.
+
+    A block that may take long says so by `told`, which is written to stderr at the first Ctrl-C; a second one then ends
+    the process at once, with exit code 130.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGALRM") if hasattr(signal, name)]
+    held: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    held = {number: handler for number, handler in held.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread() or signal.SIGINT not in held:
+        yield
+        return
+    came: dict[int, None] = {}
+
+    def hold(number: int, frame: Any) -> None:
+        if told and number == signal.SIGINT:
+            if number in came:
+                os.write(2, b"interrupted again: left at once\n")
+                os._exit(130)
+            os.write(2, f"\ninterrupted: {told}\n".encode())
+        came[number] = None
+
+    for number in held:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for number in came:
+            held[number](number, None)

@@ -20,6 +20,7 @@ FLOORS = (  # a room, its floor; the longest prefix counts
     ("jaxpaged.sampling_params", 1),
     ("jaxpaged.structured_outputs", 1),
     ("jaxpaged.refusals", 1),
+    ("jaxpaged.interrupts", 1),
     ("jaxpaged.layers", 2),
     ("jaxpaged.core", 2),
     ("jaxpaged.models", 3),
@@ -30,7 +31,6 @@ FLOORS = (  # a room, its floor; the longest prefix counts
     ("jaxpaged.server", 6),
     ("jaxpaged.cli", 7),
     ("jaxpaged.commands", 7),
-    ("jaxpaged.interrupts", 7),
     ("bench", 7),
     ("jaxpaged", 8),
 )
@@ -40,7 +40,7 @@ HOST_WING = (
 LAZY = {  # function bodies that may import, and what: optional extras, slow imports (a verb, Pallas), tokenizers
     "jaxpaged.__main__": {"jaxpaged"},
     "jaxpaged.engine.tokenizer": {"transformers"},
-    "converters.orbax": {"orbax"},
+    "converters.orbax_library": {"orbax"},
     "jaxpaged.engine.grammars": {"llguidance"},
     "pallas_kernels.paged_attention.api": {"pallas_kernels"},
     "bench": None,

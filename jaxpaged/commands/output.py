@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tqdm import tqdm
+
 STDERR_NUMBER = 2
 ROOMS = ("jaxpaged", "converters", "pallas_kernels")
 """The packages of this project."""
@@ -63,7 +65,8 @@ def show_warning(
     """A warning as one line; with --quiet only of what concerns the result, which are those of this project."""
     if is_quiet and _is_foreign(filename):
         return
-    print(f"jaxpaged: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    # above a progress bar, if there is one
+    tqdm.write(f"jaxpaged: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _is_foreign(filename: str) -> bool:

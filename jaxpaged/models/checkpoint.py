@@ -163,7 +163,9 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     """Raise ValueError unless the disk that `folder` will be on has so much free."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < num_bytes:
-        raise ValueError(f"{folder}: needs {num_bytes} bytes and the disk has {free} free")
+        raise ValueError(
+            f"{folder}: needs {num_bytes:,} bytes and its disk has {free:,} free: make room or choose another disk"
+        )
 
 
 def parameter_files(config: ModelConfig) -> dict[str, TensorSpec]:

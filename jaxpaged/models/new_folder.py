@@ -1,5 +1,6 @@
 """Folders that appear complete or not at all, whatever becomes of the process that writes them."""
 
+import errno
 import importlib
 import os
 import re
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.interrupts import held_interrupts
+
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 SUBFOLDERS = ("orbax", "native")
 """How the names of folders begin that conversions make inside the folder they write."""
@@ -19,30 +22,43 @@ SUBFOLDERS = ("orbax", "native")
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a folder beside `target` to write into; it becomes `target` if the block ends well, else it is removed.
 
-    An existing `target` is replaced at that moment and not before. The folder is locked for as long as this process
-    writes into it (see `remove_dead_partials`).
+    An existing `target` is replaced at that moment and not before. A Ctrl-C waits until folders are in order again. The
+    folder is locked for as long as this process writes into it (see `remove_dead_partials`). OSError names `target`.
     """
+    try:
+        with _partial_folder(target.absolute()) as partial:
+            yield partial
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error}), and nothing was: make room or choose another target"
+        raise OSError(error.errno or errno.EIO, reason, str(target)) from error
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:12]
     partial = target.parent / f".{target.name}.partial-{token}"
     replaced = target.parent / f".{target.name}.replaced-{token}"
-    partial.mkdir()
-    lock = _lock(partial)
+    lock = None
     try:
+        partial.mkdir()
+        lock = _lock(partial)
         yield partial
-        if target.exists():
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        remove_folder(replaced)
+        with held_interrupts():
+            if target.exists():
+                target.rename(replaced)
+            try:
+                partial.rename(target)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
+            remove_folder(replaced)
     finally:
-        remove_folder(partial)
-        if lock is not None:
-            os.close(lock)
+        with held_interrupts():
+            remove_folder(partial)
+            if lock is not None:
+                os.close(lock)
 
 
 def remove_dead_partials(target: Path) -> tuple[Path, ...]:

@@ -44,9 +44,15 @@ def check_names(given: Iterable[str], wanted: Iterable[str], where: str) -> None
     """Raise ValueError, naming them, if parameters are missing from `given` or are there without being wanted."""
     given, wanted = set(given), set(wanted)
     if wanted - given:
-        raise ValueError(f"{where}: missing parameters: {shown_names(wanted - given)}")
+        raise ValueError(
+            f"{where}: missing parameters: {shown_names(wanted - given)}: it is incomplete, or config.json is of "
+            "another model"
+        )
     if given - wanted:
-        raise ValueError(f"{where}: parameters the model does not have: {shown_names(given - wanted)}")
+        raise ValueError(
+            f"{where}: parameters the model does not have: {shown_names(given - wanted)}: take them out, or "
+            "config.json is of another model"
+        )
 
 
 def place(path: str, array: jax.Array | np.ndarray) -> jax.Array:

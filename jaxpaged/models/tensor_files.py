@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,12 +54,17 @@ class TensorSpec:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file; anything else raises ValueError naming the file."""
     try:
-        if path.stat().st_size > LARGEST_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: is no file: copy it again from its source")
+        if status.st_size > LARGEST_JSON_BYTES:
             raise ValueError(f"{path}: larger than {LARGEST_JSON_BYTES} bytes, which no such file should be")
-        values = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): copy it again from its source") from error
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits too
         raise ValueError(f"{path}: not valid JSON ({type(error).__name__}): copy it again from its source") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object, not {type(values).__name__}")

@@ -1,6 +1,7 @@
 """Hugging Face folders: the same model by every road, every fault refused by name, no half-written output."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoints
+from families import write_family
 from safetensors.numpy import save_file
 from tiny_checkpoints import hf_config, weights, write_case, write_folder
 
@@ -349,3 +351,34 @@ def test_the_script_converts_and_says_what_it_did(tmp_path):
     assert loaded.stdout.strip() == "False"
     assert config.rope_scaling is not None
     assert tiny_checkpoints.CASES["llama3"]
+
+
+def test_a_target_that_cannot_be_written_is_named_with_the_reason(tmp_path, capsys):
+    source = write_case(tmp_path / "hf", CASE)
+    (tmp_path / "file").write_text("")
+    assert main([str(source), str(tmp_path / "file" / "out"), "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'file' / 'out'}: cannot be written (")
+    assert "choose another target" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def test_a_number_of_thousands_of_digits_is_refused_with_the_file_named(tmp_path):
+    source = write_case(tmp_path / "hf", CASE)
+    (source / "config.json").write_text('{"vocab_size": ' + "9" * 6000 + "}")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        load_huggingface(source)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    source = write_case(tmp_path / "hf", CASE)
+    (source / "config.json").unlink()
+    os.mkfifo(source / "config.json")
+    with pytest.raises(ValueError, match="config.json: is no file"):
+        load_huggingface(source)
+
+
+def test_a_part_of_a_head_that_cannot_be_rotated_is_refused_in_the_words_of_the_file(tmp_path):
+    source = write_family(tmp_path / "hf", "gpt_neox", rotary_pct=0.125 * 3)  # of heads of 8
+    with pytest.raises(ValueError, match="rotary_pct=0.375 of head_dim=8 rotates 3 dimensions"):
+        load_huggingface(source)

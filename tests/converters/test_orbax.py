@@ -285,8 +285,22 @@ def edit_facts(**values):
 NORM = ("norm", "scale")
 FAULTS = {
     "checkpoint gone": (lambda folder: shutil.rmtree(folder / "orbax"), "orb/orbax: not there"),
-    "tree gone": (lambda folder: (folder / "orbax" / "_METADATA").unlink(), "orb/orbax: "),
-    "tree broken": (lambda folder: (folder / "orbax" / "_METADATA").write_text("{"), "orb/orbax: "),
+    "tree gone": (lambda folder: (folder / "orbax" / "_METADATA").unlink(), "orb/orbax/_METADATA: not there, and"),
+    "tree broken": (lambda folder: (folder / "orbax" / "_METADATA").write_text("{"), "orbax/_METADATA: not valid JSON"),
+    "tree of something else": (
+        lambda folder: (folder / "orbax" / "_METADATA").write_text('{"tree_metadata": {"x": 3}}'),
+        "orb/orbax/_METADATA: does not describe a tree of arrays",
+    ),
+    "array outside": (
+        lambda folder: (folder / "orbax" / "_METADATA").write_text(
+            (folder / "orbax" / "_METADATA").read_text().replace('"key": "scale"', '"key": "../../native"', 1)
+        ),
+        "is no name of a parameter: only files of the folder itself are read",
+    ),
+    "branch": (
+        rebuild(lambda tree: tree.update({("model", *keys): tree.pop(keys) for keys in list(tree)})),
+        "the parameters are in 'model' of the tree",
+    ),
     "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
     "config gone": (lambda folder: (folder / "config.json").unlink(), "no config.json beside it"),
     "missing": (rebuild(lambda tree: tree.pop(NORM)), "missing parameters: norm.scale"),
@@ -342,9 +356,9 @@ def test_a_trainers_damaged_data_is_refused_by_name_and_leaves_nothing_behind(na
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1
-    # threads of orbax may write to the same line
-    told = re.findall(f"error: {re.escape(str(folder / 'orbax'))}: .*cannot be restored", done.stderr)
-    assert len(told) == 1, done.stderr
+    # one line, without complaints of threads whose event loop was closed under them
+    said = f"error: {re.escape(str(folder / 'orbax'))}: .*cannot be restored.*\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
     assert done.stdout == ""
     assert {path.name for path in folder.parent.iterdir()} == {"native", "orb"}
 
@@ -361,6 +375,71 @@ def test_code_of_a_checkpoint_is_refused_in_our_own_formats_too(native, folder, 
     assert main([str(path.parent), str(native.parent / "out"), "--to", "huggingface", "--quiet"]) == 1
     assert said in capsys.readouterr().err
     assert {entry.name for entry in native.parent.iterdir()} == {"native", "orb"}
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from converters import orbax
+from converters.__main__ import main
+library, interrupted = orbax.library, []
+class Interrupting:
+    # Ctrl-C in the middle of what orbax.save does
+    def __init__(self, ocp):
+        self._ocp = ocp
+    def __getattr__(self, name):
+        if name == "args" and not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return getattr(self._ocp, name)
+orbax.library = lambda: Interrupting(library())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main([sys.argv[1], sys.argv[2], "--to", "orbax", "--quiet"]))
+"""
+
+
+def test_an_interrupt_while_orbax_saves_waits_for_its_threads_and_leaves_nothing(native):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, native, native.parent / "out"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    told, said = done.stderr.strip().split("\n")
+    assert told.startswith("interrupted: Orbax ends what it writes"), done.stderr
+    assert said == "error: interrupted, nothing was written"
+    assert [path.name for path in native.parent.iterdir()] == ["native"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from converters.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # no file may be longer
+sys.exit(main([sys.argv[1], sys.argv[2], "--to", "orbax", "--quiet"]))
+"""
+
+
+def test_a_disk_that_takes_no_more_while_orbax_saves_is_told_in_a_line_and_leaves_nothing(native):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, native, native.parent / "out"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    out = re.escape(str(native.parent / "out"))
+    said = f"error: {out}: cannot be written \\(Orbax says: .*\\), and nothing was: .*\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
+    assert [path.name for path in native.parent.iterdir()] == ["native"]
+
+
+def test_a_save_that_fails_names_the_target_and_what_orbax_says(native, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [tensorstore_spec='{}']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    assert main([str(native), str(native.parent / "out"), "--to", "orbax", "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {native.parent / 'out'}: cannot be written (Orbax says: RESOURCE_EXHAUSTED")
+    assert "tensorstore_spec" not in said
+    assert [path.name for path in native.parent.iterdir()] == ["native"]
 
 
 def test_a_bare_orbax_checkpoint_is_told_what_it_lacks(folder):

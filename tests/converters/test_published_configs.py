@@ -142,7 +142,7 @@ def test_windows_and_ropes_of_gemma_3_alternate_five_to_one():
         ("GPT-2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("GPT-2", {"n_layer": 10**9}, "n_layer=1000000000 must be a whole number from 1 to 4096"),
         ("OPT 350M", {"tie_word_embeddings": False}, "word_embed_proj_dim=512 other than hidden_size=1024"),
-        ("Pythia 70M", {"rotary_pct": 1.5}, "partial_rotary_factor=1.5 must be a number above 0, up to 1"),
+        ("Pythia 70M", {"rotary_pct": 1.5}, "rotary_pct=1.5 must be a number above 0, up to 1"),
         ("GPT-J 6B", {"rotary_dim": None}, "rotary_dim=None is not supported"),
         ("Mistral 7B v0.1", {"sliding_window": 0}, "a window of 0 tokens must be 1 or more"),
         ("Mistral 7B v0.1", {"sliding_window": "4096"}, "sliding_window='4096' must be a whole number"),

@@ -225,7 +225,7 @@ def test_an_empty_folder_is_a_fine_target(tmp_path, model):
 def test_a_checkpoint_too_large_for_the_disk_is_refused_before_writing(tmp_path, model, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
-    with pytest.raises(ValueError, match="the disk has 10 free"):
+    with pytest.raises(ValueError, match="its disk has 10 free: make room"):
         checkpoint.save(tmp_path / "native", CONFIG, model)
     assert list(tmp_path.iterdir()) == []
 
