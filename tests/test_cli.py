@@ -45,7 +45,7 @@ def test_plan_and_info_answer_before_anything_is_loaded(capsys):
     info = capsys.readouterr().out
     assert "xla" in info
     assert "jax" in info
-    assert "linear layers in float32: " in info
+    assert "linear layers on CPU: " in info
 
 
 def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):

@@ -160,7 +160,7 @@ def test_many_long_requests_finish_in_a_small_pool(model):
     assert tight.token_ids == ample.token_ids
 
 
-@pytest.mark.parametrize("where", ["dispatch", "read"])
+@pytest.mark.parametrize("where", ["begin", "finish", "read"])
 @pytest.mark.parametrize("run_ahead", [True, False])
 def test_a_step_that_fails_ends_what_it_held_and_the_engine_goes_on(model, where, run_ahead, monkeypatch):
     engine = make_engine(model, run_ahead=run_ahead, max_num_seqs=2)
@@ -173,7 +173,8 @@ def test_a_step_that_fails_ends_what_it_held_and_the_engine_goes_on(model, where
 
     with monkeypatch.context() as patch:
         patch.setattr(*{
-            "dispatch": (engine.runner, "dispatch", broken),
+            "begin": (engine.runner, "begin", broken),
+            "finish": (engine.runner, "finish", broken),
             "read": ("jaxpaged.runner.model_runner.InFlight.read", broken),
         }[where])
         ended = {output.request_id: output for output in engine.step()}
@@ -193,7 +194,7 @@ def test_an_engine_that_cannot_recover_says_it_is_dead(model, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(engine.runner, "dispatch", broken)
+    monkeypatch.setattr(engine.runner, "begin", broken)
     monkeypatch.setattr(engine.runner, "reset", broken)
     with pytest.raises(EngineDeadError, match="injected"):
         engine.step()

@@ -195,17 +195,17 @@ def test_every_step_of_a_tight_engine_has_right_tables(name, monkeypatch):
     num_blocks = tight_pool(make(name), SAMPLES)
     engine = make(name, num_device_blocks=num_blocks)
     runner, block_size = engine.runner, engine.config.block_size
-    dispatch, num_gone = runner.dispatch, 0
+    begin, num_gone = runner.begin, 0
 
-    def checked(plan: Any, built: Any, *more: Any) -> Any:
+    def checked(plan: Any, built: Any) -> Any:
         nonlocal num_gone
         if built is not None:
             batch = unpack(jax.numpy.asarray(built.packed), runner._state.history, built.layout, block_size)
             for window, metadata in zip(runner.shapes.groups.windows, batch.attention.groups, strict=True):
                 check_metadata(metadata, num_blocks=num_blocks, block_size=block_size, window=window)
             num_gone += sum(item.sequence.block_ids.count(0) for item in plan.scheduled)
-        return dispatch(plan, built, *more)
+        return begin(plan, built)
 
-    monkeypatch.setattr(runner, "dispatch", checked)
+    monkeypatch.setattr(runner, "begin", checked)
     assert run(engine, PROMPTS, SAMPLES).stats.num_preemptions > 0
     assert num_gone > 0

@@ -21,5 +21,5 @@ def run(options: argparse.Namespace, started: float) -> int:
     print("attention kernels:")
     print(pallas_kernels.explain())
     reason = pallas_kernels.linear_misfit("native_cpu", "float32")
-    print(f"linear layers in float32: {'native_cpu' if reason is None else f'xla (native_cpu {reason})'}")
+    print(f"linear layers on CPU: {'native_cpu' if reason is None else f'xla (native_cpu {reason})'}")
     return 0

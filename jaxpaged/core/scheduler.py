@@ -178,18 +178,10 @@ class Scheduler:
     def _schedule_running(self, step: StepPlan) -> None:
         manager, running = self.block_manager, self._running
         has_windows = manager.has_windows
-        is_form_pending: bool | None = None
         index = 0
         while index < len(running) and step.num_tokens_left:
             group = running[index]
             index += 1
-            if group.is_forked and group.request.params.structured_outputs is not None:
-                # those that follow a form step all at once: in two halves that take turns, each token would take
-                # two steps of half the size
-                if is_form_pending is None:
-                    is_form_pending = self._is_form_pending()
-                if is_form_pending:
-                    continue
             items = self._plan_group(group, step)
             if not items:
                 continue
@@ -205,12 +197,6 @@ class Scheduler:
                     return
                 num_blocks = manager.num_blocks_to_append(items)  # a victim may have shared a block of the group
             self._schedule_items(group, items, num_blocks, step)
-
-    def _is_form_pending(self) -> bool:
-        """Whether a token of some output that follows a form is not known yet."""
-        return any(
-            self._is_awaited(group) for group in self._running if group.request.params.structured_outputs is not None
-        )
 
     def _resume_swapped(self, step: StepPlan) -> None:
         manager = self.block_manager

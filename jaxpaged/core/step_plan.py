@@ -51,8 +51,6 @@ def plan_sequence(
     remaining = total - start
     if not remaining or total - num_prompt >= request.max_tokens or total >= limits.max_model_len:
         return None  # all is scheduled; or its last token is sampled, and the host has yet to see it end
-    if sequence.num_pending_tokens and request.params.structured_outputs is not None:
-        return None  # which tokens its grammar allows next depends on the one that the host has yet to see
     num_new = remaining if remaining < num_tokens else num_tokens
     num_prompt_rows = 0
     if request.params.prompt_logprobs is not None and start < num_prompt - 1:

@@ -30,7 +30,7 @@ from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import has_lists, needs_extended_sampler, needs_sampler
 from jaxpaged.runner.kv_cache import MemoryPlan
 from jaxpaged.runner.logits_processors import check_arguments
-from jaxpaged.runner.model_runner import InFlight, ModelRunner
+from jaxpaged.runner.model_runner import Begun, InFlight, ModelRunner
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.swap import SwapError
@@ -112,6 +112,7 @@ class Engine:
         self._seeds = random.Random(engine_config.seed)
         self._live: dict[str, _Live] = {}
         self._num_arrivals = 0
+        self._begun: Begun | None = None
         self._in_flight: InFlight | None = None
         self._compiles = CompileCounter()
         self._can_preempt_warmly = False
@@ -275,16 +276,19 @@ class Engine:
         times.schedule_s += clock() - started
         if plan.is_empty and self._in_flight is None and self.scheduler.has_unfinished:
             raise EngineDeadError("nothing can be scheduled though requests wait: this is a fault of the scheduler")
-        dispatched = None if plan.is_empty else self._dispatch(plan)
-        if self.config.run_ahead:
-            previous, self._in_flight = self._in_flight, dispatched
-        else:
-            previous = dispatched
-        if previous is not None:
-            return self._read(previous)
-        return self._publish(StepEvents())
+        self._begun = None if plan.is_empty else self._begin(plan)
+        previous, self._in_flight = self._in_flight, None
+        # masks wait for the tokens of the step before, which the device computes no later for it
+        if previous is None or self._begun is None or not self._begun.has_grammar:
+            self._finish_begun()
+        if not self.config.run_ahead:
+            previous, self._in_flight = self._in_flight, None
+        outputs = self._publish(StepEvents()) if previous is None else self._read(previous)
+        self._finish_begun()
+        return outputs
 
-    def _dispatch(self, plan: SchedulerOutput) -> InFlight | None:
+    def _begin(self, plan: SchedulerOutput) -> Begun | None:
+        """Start the plan's swaps, copies and model; None where nothing of it can run."""
         clock = time.perf_counter
         times = self.host_times
         started = clock()
@@ -298,18 +302,32 @@ class Engine:
                         return None
                 batch = self.runner.build(plan)
                 built = clock()
-                in_flight = self.runner.dispatch(plan, batch, self._grammars.masks)
+                begun = self.runner.begin(plan, batch)
         except Exception as error:  # whatever the device raised, every request it touched must end
             self._fail(error)
             return None
         times.num_steps += 1
         times.build_s += built - started
         times.dispatch_s += clock() - built
+        return begun
+
+    def _finish_begun(self) -> None:
+        """Start the samplers of the step that was begun, if one was; it is then in flight."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        started = time.perf_counter()
+        try:
+            with self._compiles:
+                self._in_flight = self.runner.finish(begun, self._grammars.masks)
+        except Exception as error:  # as above
+            self._fail(error)
+            return
+        self.host_times.dispatch_s += time.perf_counter() - started
         while self._grammars.failures:
             request_id, message = self._grammars.failures.pop()
             if request_id in self._live:
                 self._end(self._live[request_id], message)
-        return in_flight
 
     def _read(self, in_flight: InFlight) -> list[RequestOutput]:
         clock = time.perf_counter
@@ -336,7 +354,7 @@ class Engine:
             # one that was preempted with its last token still on the device has lost that token
             if any(sequence.row is not None or sequence.num_pending_tokens for sequence in live.group.unfinished):
                 self._end(live, message)
-        self._in_flight = None
+        self._begun = self._in_flight = None
         self.scheduler.block_manager.reset_prefix_cache()
         try:
             self.runner.reset()

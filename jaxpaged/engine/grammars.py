@@ -146,9 +146,12 @@ class Grammars:
         masks = np.zeros((num_rows, num_words), np.uint32)
         for item, (first, num_prompt_rows, num_samples) in zip(plan.scheduled, spans, strict=True):
             request_id = item.sequence.request.request_id
+            row = first + num_prompt_rows
+            if item.sequence.is_finished:  # by the step before: what it samples once more is dropped
+                masks[row : row + num_samples] = 0xFFFFFFFF
+                continue
             if not num_samples or request_id not in self._of_request:
                 continue
-            row = first + num_prompt_rows
             try:
                 masks[row] = self._library.mask(self._matcher(item.sequence))
             except Exception as error:  # whatever the library says: one request's trouble is its own

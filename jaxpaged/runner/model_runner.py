@@ -68,6 +68,22 @@ class StepArrays:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A step whose model was started, and whose tokens nobody samples yet."""
+
+    plan: SchedulerOutput
+    batch: BuiltBatch | None
+    outputs: tuple[jax.Array, jax.Array, jax.Array] | None
+    """What `step.step` gives besides the cache and the state."""
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether sampling it takes masks, which depend on the tokens of the step before."""
+        extras = None if self.batch is None else self.batch.extras
+        return extras is not None and bool((extras & HAS_GRAMMAR).any())
+
+
+@dataclass(frozen=True)
 class InFlight:
     """A dispatched step that has not been read."""
 
@@ -247,31 +263,42 @@ class ModelRunner:
         bucket = self.shapes.buckets.pick(num_tokens, num_logits, len(plan.scheduled))
         return build(plan.scheduled, self._tables, self._layouts[bucket], self._block_size)
 
-    def dispatch(
-        self, plan: SchedulerOutput, batch: BuiltBatch | None, make_masks: MaskMaker | None = None
-    ) -> InFlight:
-        """Start the plan's copies and its step; returns before the device is done.
-
-        Args:
-            make_masks: Called while the device runs the model, and only where a row of the batch has a grammar.
-        """
+    def begin(self, plan: SchedulerOutput, batch: BuiltBatch | None) -> Begun:
+        """Start the plan's copies and its model; returns before the device is done. `finish` is to follow."""
         if plan.copies:
             self._kv = self._mover.copy(self._kv, plan.copies)
         if batch is None:
+            return Begun(plan, None, None)
+        self._kv, self._state, *outputs = self._step(
+            self._leaves, self._kv, self._state, batch.packed, batch.layout
+        )
+        self._warm.add(batch.layout.bucket)
+        return Begun(plan, batch, tuple(outputs))
+
+    def finish(self, begun: Begun, make_masks: MaskMaker | None = None) -> InFlight:
+        """Start what samples the tokens of the step begun last; returns before the device is done.
+
+        Args:
+            make_masks: Called only where a row of the batch has a grammar.
+        """
+        plan, batch = begun.plan, begun.batch
+        if batch is None or begun.outputs is None:
             return InFlight(plan, None, None)
-        arrays = self._run(plan, batch, make_masks)
+        arrays = self._start_samplers(begun.outputs, batch, self._edits(begun, batch, make_masks))
         arrays.tokens_and_status.copy_to_host_async()
         for array in (*(arrays.logprobs if batch.has_logprobs else ()), *arrays.candidates):
             array.copy_to_host_async()
         return InFlight(plan, batch, arrays, self.processors)
 
-    def _run(self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None) -> StepArrays:
-        self._kv, self._state, tokens_and_status, logits, sampling = self._step(
-            self._leaves, self._kv, self._state, batch.packed, batch.layout
-        )
+    def dispatch(self, plan: SchedulerOutput, batch: BuiltBatch | None) -> InFlight:
+        """A whole step, in which no row has a grammar."""
+        return self.finish(self.begin(plan, batch))
+
+    def _start_samplers(
+        self, outputs: tuple[jax.Array, jax.Array, jax.Array], batch: BuiltBatch, edits: Edits | None
+    ) -> StepArrays:
+        tokens_and_status, logits, sampling = outputs
         num_logits = batch.layout.bucket.num_logits
-        self._warm.add(batch.layout.bucket)
-        edits = self._edits(plan, batch, make_masks)
         candidates: tuple[jax.Array, ...] = ()
         if batch.num_candidates:
             # before the sampler, which takes the state
@@ -285,13 +312,13 @@ class ModelRunner:
         self._warm_samplers.add((num_logits, edits is not None))
         return StepArrays(tokens_and_status, logprobs, candidates)
 
-    def _edits(self, plan: SchedulerOutput, batch: BuiltBatch, make_masks: MaskMaker | None) -> Edits | None:
+    def _edits(self, begun: Begun, batch: BuiltBatch, make_masks: MaskMaker | None) -> Edits | None:
         """What samplers read besides where a row has a grammar or a logits processor."""
         if batch.extras is None:
             return None
         num_logits = batch.layout.bucket.num_logits
-        if make_masks is not None and (batch.extras & HAS_GRAMMAR).any():
-            masks = jax.device_put(make_masks(plan, batch.spans, num_logits), self._everywhere)
+        if make_masks is not None and begun.has_grammar:
+            masks = jax.device_put(make_masks(begun.plan, batch.spans, num_logits), self._everywhere)
         else:
             masks = self._neutral_masks(num_logits)
         return Edits(jax.device_put(batch.extras, self._everywhere), masks, self._arguments)

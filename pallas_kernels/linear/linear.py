@@ -15,8 +15,9 @@ from pallas_kernels.platform import target_platform
 
 IMPLEMENTATIONS = ("native_cpu", "xla")
 """By preference."""
-SYMBOL = "linear_float32"
-SYMBOL_AT = "linear_float32_at"
+NATIVE_DTYPES = ("float32", "bfloat16")
+SYMBOL = "linear"
+SYMBOL_AT = "linear_at"
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_cpu.cc"), (SYMBOL, SYMBOL_AT))
 
 
@@ -66,8 +67,8 @@ def linear_misfit(implementation: str, dtype: str) -> str | None:
         return None
     if target_platform() != "cpu":
         return f"runs on cpu only, and this is {target_platform()}"
-    if dtype != "float32":
-        return f"is for float32 only, and these are {dtype} (XLA is faster there)"
+    if dtype not in NATIVE_DTYPES:
+        return f"is for {' and '.join(NATIVE_DTYPES)}, and these are {dtype}"
     return LIBRARY.why_unavailable()
 
 

@@ -132,9 +132,9 @@ def test_copies_with_wrong_ids_are_named() -> None:
 def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tiny_model(), num_device_blocks=17, **options)
     runner, block_size = engine.runner, engine.config.block_size
-    dispatch, seen = runner.dispatch, []
+    begin, seen = runner.begin, []
 
-    def checked(plan: Any, built: Any, *more: Any) -> Any:
+    def checked(plan: Any, built: Any) -> Any:
         check_copies(17, sources=[c.source for c in plan.copies], targets=[c.target for c in plan.copies])
         check_copies(17, sources=[c.source for c in plan.swap_out])
         check_copies(17, targets=[c.target for c in plan.swap_in])
@@ -143,9 +143,9 @@ def test_every_step_of_a_tight_engine_passes(options: dict[str, Any], monkeypatc
             attention = unpack(jnp.asarray(built.packed), history, built.layout, block_size).attention.groups[0]
             check_metadata(attention, num_blocks=17, block_size=block_size)
             seen.append((len(plan.copies), len(plan.swap_in)))
-        return dispatch(plan, built, *more)
+        return begin(plan, built)
 
-    monkeypatch.setattr(runner, "dispatch", checked)
+    monkeypatch.setattr(runner, "begin", checked)
     params = SamplingParams(temperature=0.8, seed=1, n=2, max_tokens=24)
     result = run(engine, random_prompts(5, (5, 17, 8, 30, 1, 16, 9, 40)), params)
     assert len(result.outputs) == 8

@@ -94,7 +94,7 @@ def test_without_a_compiler_xla_serves_and_the_reason_is_told_when_asked_for(mon
     assert main(["info"]) == 0
     told = capsys.readouterr().out
     assert f"native_cpu   no: {reason}" in told
-    assert f"linear layers in float32: xla (native_cpu {reason})" in told
+    assert f"linear layers on CPU: xla (native_cpu {reason})" in told
 
 
 @needs_compiler

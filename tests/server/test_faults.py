@@ -368,15 +368,15 @@ def test_a_full_queue_answers_at_once_when_to_come_again(llm, monkeypatch):
 
 
 def test_an_error_of_the_device_ends_what_it_touched_and_the_server_goes_on(server, monkeypatch):
-    dispatch, calls = ModelRunner.dispatch, iter(range(10**6))
+    begin, calls = ModelRunner.begin, iter(range(10**6))
 
     def failing_once(runner, *arguments):
         if next(calls) == 6:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return dispatch(runner, *arguments)
+        return begin(runner, *arguments)
 
     expected = server.complete(max_tokens=9).json()["choices"][0]["text"]
-    monkeypatch.setattr(ModelRunner, "dispatch", failing_once)
+    monkeypatch.setattr(ModelRunner, "begin", failing_once)
     error = refused(server.complete(max_tokens=50, ignore_eos=True), 500, code="generation_failed")
     assert "RESOURCE_EXHAUSTED" in error["message"]
     assert error["type"] == "server_error"
