@@ -5,7 +5,8 @@ Read first: `bench.workloads.BenchRequest`, then `bench.offline`.
 """
 
 VERBS = {
-    "throughput": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
+    "serve": ("bench.serve", "a server with OpenAI's API under load, ours or any other"),
+    "offline": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
     "steps": ("bench.steps", "milliseconds of decode and prefill steps"),
     "kernels": ("bench.kernels", "paged attention against its reference, its peers and the machine's ceilings"),
     "llama8b": ("bench.llama8b", "tokens a second of an 8B Llama on one accelerator"),
