@@ -16,6 +16,8 @@ LIKE = {"sharegpt-like": (161, 338), "alpaca-like": (19, 58)}
 """Mean prompt and output tokens of the two data sets (Kwon et al. 2023, figure 11); drawn from log-normals."""
 LIKE_CONTEXT = 2048
 """Most tokens of a request drawn so, as of the paper's models; a third of them prompt."""
+DEFAULT_NUM = 64
+"""Requests."""
 FIXED = (256, 128)
 """Prompt and output tokens where nothing else is said."""
 
@@ -38,7 +40,7 @@ class RequestPlan:
 
 
 def add_length_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how long prompts and outputs are."""
+    """Flags that say how long prompts and outputs are, and how many there are."""
     group = parser.add_argument_group("lengths")
     group.add_argument(
         "--lengths", choices=("fixed", *LIKE), default="sharegpt-like",
@@ -46,20 +48,20 @@ def add_length_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--input-len", type=int, help="tokens of a prompt: all of them if fixed, else their mean")
     group.add_argument("--output-len", type=int, help="tokens of an output, as --input-len; forced, by ignore_eos")
-    group.add_argument("--num-prompts", type=int, help="requests (default: 64; of a --trace, all of it)")
+    group.add_argument("--num-prompts", type=int, help="requests (default: 64; of a trace, all of it)")
     group.add_argument(
-        "--max-model-len", type=int, help="most tokens of a request, prompt and output (default: the model's)"
-    )
-    group.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
+        "--dataset", type=existing_file,
+        help="prompts from a file: ShareGPT's JSON, or JSON lines with prompt, messages or turns; --output-len sets "
+        "their outputs",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of all that is drawn")
 
 
 def check_length_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("input_len", "output_len", "num_prompts", "max_model_len"):
+    for name in ("input_len", "output_len", "num_prompts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} is not allowed: it must be 1 or more")
-    if args.max_model_len is not None and args.max_model_len < 2:
-        parser.error("--max-model-len 1 is not allowed: a request has a prompt and an output token")
 
 
 def draw_plans(

@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.plans import RequestPlan
+import numpy as np
+
+from bench.plans import RequestPlan, cut_to_fit
+from bench.record import note
 
 DEFAULT_OUTPUT_LEN = 128
 """Of a prompt whose file does not say."""
@@ -81,6 +84,19 @@ def read_dataset(path: Path, count: Count, *, output_len: int | None = None) -> 
             f"{path} holds no prompt: an entry has one of prompt, messages, turns and conversations"
         )
     return plans
+
+
+def choose(found: list[RequestPlan], num: int, room: int | None, rng: np.random.Generator) -> list[RequestPlan]:
+    """`num` of the plans of a file that fit, in a seeded order; all of them again where they are too few."""
+    fitting, _, num_long = cut_to_fit(found, room)
+    if not fitting:
+        raise ValueError(f"no prompt of the data set fits in {room} tokens with its output: give --output-len")
+    if num_long:
+        note(f"{num_long} prompts of the data set are left out: with their outputs they have more than {room} tokens")
+    if num > len(fitting):
+        note(f"the data set has {len(fitting)} prompts for {num} requests: a prefix cache may hold those sent again")
+    order = np.concatenate([rng.permutation(len(fitting)) for _ in range(math.ceil(num / len(fitting)))])
+    return [fitting[index] for index in order[:num]]
 
 
 def _plan_of(row: Mapping[str, Any], count: Count, output_len: int | None) -> RequestPlan | None:

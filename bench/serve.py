@@ -31,11 +31,10 @@ from bench.client.load import LoadRun, Outcome, Sender, send_all
 from bench.client.metrics import details_of, print_metrics, remarks, summarize
 from bench.client.prompts import BodyMaker, TokenPrompts, WordPrompts, bodies_of, load_tokenizer
 from bench.client.server import ServerFacts, ask_server, calibrate
-from bench.plans import RequestPlan, cut_to_fit, draw_plans
+from bench.plans import DEFAULT_NUM, RequestPlan, cut_to_fit, draw_plans
 from bench.record import describe_run, note, save_result, write_result
-from bench.request_files import Count, read_dataset, read_trace
+from bench.request_files import Count, choose, read_dataset, read_trace
 
-DEFAULT_NUM = 64
 NUM_FILES = 256
 """That are open beside a connection for each request."""
 WARM_UP_SEED = 1_000_003
@@ -75,19 +74,6 @@ def read_plans(args: argparse.Namespace, count: Count, room: int | None) -> tupl
     if num_cut:
         note(f"{num_cut} of {len(plans)} requests are cut to fit in {room} tokens")
     return plans, num_cut
-
-
-def choose(found: list[RequestPlan], num: int, room: int | None, rng: np.random.Generator) -> list[RequestPlan]:
-    """`num` of the plans of a file that fit, in a seeded order; all of them again where they are too few."""
-    fitting, _, num_long = cut_to_fit(found, room)
-    if not fitting:
-        raise ValueError(f"no prompt of the data set fits in {room} tokens with its output: give --output-len")
-    if num_long:
-        note(f"{num_long} prompts of the data set are left out: with their outputs they have more than {room} tokens")
-    if num > len(fitting):
-        note(f"the data set has {len(fitting)} prompts for {num} requests: a prefix cache may hold those sent again")
-    order = np.concatenate([rng.permutation(len(fitting)) for _ in range(math.ceil(num / len(fitting)))])
-    return [fitting[index] for index in order[:num]]
 
 
 async def measure(args: argparse.Namespace, target: Target) -> Measured:
@@ -198,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = asyncio.run(measure(args, target))
     result = result_of(measured, args, arguments)
     print_metrics(result)
-    for remark in remarks(result, is_limited=args.max_concurrency is not None and not math.isinf(args.request_rate)):
+    for remark in remarks(result):
         note(remark)
     lens = {name: result.pop(name) for name in ("input_lens", "output_lens")}
     write_result(result, args.output)

@@ -36,8 +36,7 @@ def parse(argv: Sequence[str], question: str) -> argparse.Namespace:
     group.add_argument("--trace-unit", type=_unit, default=1.0, help="of numbers that are times: s or ms (default: s)")
     group.add_argument("--trace-speed", type=_positive, default=1.0, help="2 replays it in half the time")
     add_length_flags(parser)
-    parser.add_argument("--dataset", type=existing_file, help="prompts: ShareGPT's JSON, or JSON lines with prompt, "
-                        "messages or turns; --output-len sets their outputs")  # fmt: skip
+    parser.add_argument("--max-model-len", type=int, help="most tokens of a request (default: as the server says)")
     group = parser.add_argument_group("measuring")
     group.add_argument("--num-warmups", type=int, default=1, help="requests before the run (default: 1)")
     group.add_argument("--timeout", type=_positive, default=600.0, help="seconds of one request (default: 600)")
@@ -59,6 +58,8 @@ def parse(argv: Sequence[str], question: str) -> argparse.Namespace:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.max_concurrency is not None and args.max_concurrency < 1:
         parser.error("--max-concurrency must be 1 or more")
+    if args.max_model_len is not None and args.max_model_len < 16:
+        parser.error("--max-model-len must be 16 or more")
     if args.num_warmups < 0:
         parser.error("--num-warmups must be 0 or more")
     if args.trace is not None and (args.dataset is not None or not math.isinf(args.request_rate)):

@@ -19,7 +19,8 @@ TIMES = {
 GOODPUT_TIMES = ("ttft", "tpot", "e2el")
 BUSY_FRACTION = 0.8
 """A client whose thread is busier than this times itself, not the server."""
-MOST_LAG_S = 0.02
+MOST_LAG_S, MOST_LAG_OF_GAP = 0.02, 0.25
+"""As is one that is later than both: seconds, and a part of the median time between chunks."""
 MOST_ERRORS_TOLD = 5
 MS = 1e3
 
@@ -78,7 +79,7 @@ def summarize(
         "output_tokens_counted_by": {(True,): "usage", (False,): "chunks", (): None}.get(tuple(counted), "both"),
         "tokens_per_chunk": num_output / num_chunks if num_chunks else None,
         "error_counts": dict(Counter(outcome.error for outcome in outcomes if outcome.error).most_common()),
-        "client": client_cost(run, num_output, num_chunks),
+        "client": client_cost(run, num_output, series["itl"]),
         "input_lens": prompt_lens,
         "output_lens": output_lens,
     }
@@ -88,12 +89,11 @@ def summarize(
 def _statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
     """Mean, median, deviation and percentiles in milliseconds; None where there is nothing to time."""
     values = np.asarray(seconds) * MS
-    of = {"mean": np.mean, "median": np.median, "std": np.std}
-    found = {f"{key}_{name}_ms": float(value(values)) if len(values) else None for key, value in of.items()}
-    for percent in percentiles:
-        value = float(np.percentile(values, percent)) if len(values) else None
-        found[f"p{percent:g}_{name}_ms"] = value
-    return found
+    keys = ["mean", "median", "std", *(f"p{percent:g}" for percent in percentiles)]
+    found: list[float | None] = [None] * len(keys)
+    if len(values):
+        found = [values.mean(), np.median(values), values.std(), *np.percentile(values, percentiles)]
+    return {f"{key}_{name}_ms": None if one is None else float(one) for key, one in zip(keys, found, strict=True)}
 
 
 def _most_tokens_in_a_second(outcomes: Sequence[Outcome], output_lens: Sequence[int]) -> float:
@@ -109,21 +109,21 @@ def _most_tokens_in_a_second(outcomes: Sequence[Outcome], output_lens: Sequence[
     return round(float(counts.max()), 3)
 
 
-def client_cost(run: LoadRun, num_tokens: int, num_chunks: int) -> dict[str, Any]:
+def client_cost(run: LoadRun, num_tokens: int, gaps_s: Sequence[float]) -> dict[str, Any]:
     """What the client cost, and whether it was too slow for its times to be the server's."""
     busy = run.cpu_s / run.duration_s
+    most_lag_s = max(MOST_LAG_S, MOST_LAG_OF_GAP * float(np.median(gaps_s)) if gaps_s else 0.0)
     lag_p99_s = float(np.percentile(run.lags_s, 99))
     delays_s = [outcome.delay_s for outcome in run.outcomes]
     return {
         "cpu_s": run.cpu_s,
         "busy_fraction": busy,
         "cpu_us_per_output_token": run.cpu_s / num_tokens * 1e6 if num_tokens else None,
-        "cpu_us_per_chunk": run.cpu_s / num_chunks * 1e6 if num_chunks else None,
         "median_lag_ms": float(np.median(run.lags_s)) * MS,
         "p99_lag_ms": lag_p99_s * MS,
         "mean_send_delay_ms": float(np.mean(delays_s)) * MS,
         "p99_send_delay_ms": float(np.percentile(delays_s, 99)) * MS,
-        "is_saturated": busy > BUSY_FRACTION or lag_p99_s > MOST_LAG_S,
+        "is_saturated": busy > BUSY_FRACTION or lag_p99_s > most_lag_s,
     }
 
 
@@ -168,7 +168,7 @@ def print_metrics(result: Mapping[str, Any]) -> None:
               f"token, p99 {client['p99_lag_ms']:.1f} ms late")  # fmt: skip
 
 
-def remarks(result: Mapping[str, Any], *, is_limited: bool) -> list[str]:
+def remarks(result: Mapping[str, Any]) -> list[str]:
     """What a reader must know before they quote the numbers."""
     told = []
     client = result["client"]
@@ -177,12 +177,13 @@ def remarks(result: Mapping[str, Any], *, is_limited: bool) -> list[str]:
             f"THE CLIENT WAS TOO SLOW (busy {100 * client['busy_fraction']:.0f} %, p99 {client['p99_lag_ms']:.0f} ms "
             "late): its times are not the server's; run it on a quieter machine, or send less"
         )
-    elif not is_limited and client["p99_send_delay_ms"] > MOST_LAG_S * MS:
-        told.append(f"requests were sent late, at p99 by {client['p99_send_delay_ms']:.0f} ms")
-    if is_limited and client["mean_send_delay_ms"] > MOST_LAG_S * MS:
+    # all at once is as soon as it can be
+    if result["request_rate"] != "inf" and client["p99_send_delay_ms"] > MOST_LAG_S * MS:
+        mean_ms, p99_ms = client["mean_send_delay_ms"], client["p99_send_delay_ms"]
+        cause = "" if result["max_concurrency"] is None else ", for --max-concurrency"
         told.append(
-            f"requests waited {client['mean_send_delay_ms']:.0f} ms on average for --max-concurrency: "
-            "no time in this result holds that"
+            f"requests were sent later than they were due{cause}, by {mean_ms:.0f} ms on average and {p99_ms:.0f} ms "
+            "at p99: no time in this result holds that"
         )
     if result["failed"]:
         told.append(f"{result['failed']} of {result['failed'] + result['completed']} requests failed:")

@@ -51,20 +51,23 @@ def test_details_have_an_entry_for_each_request():
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_limited", "told"),
+    ("changes", "facts", "told"),
     [
-        ({"cpu_s": 3.6}, False, "THE CLIENT WAS TOO SLOW .busy 90 %"),
-        ({"lags_s": [0.2]}, False, "THE CLIENT WAS TOO SLOW .busy 8 %, p99 200 ms"),
-        ({}, False, "requests were sent late, at p99 by 198 ms"),
-        ({}, True, "requests waited 100 ms on average for --max-concurrency"),
+        ({"cpu_s": 3.6}, {}, "THE CLIENT WAS TOO SLOW .busy 90 %"),
+        # a quarter of the second between chunks, which is more than 20 ms
+        ({"lags_s": [0.26]}, {}, "THE CLIENT WAS TOO SLOW .busy 8 %, p99 260 ms"),
+        ({}, {"request_rate": 2.0}, "sent later than they were due, by 100 ms on average and 198 ms at p99"),
+        ({}, {"request_rate": 2.0, "max_concurrency": 1}, "due, for --max-concurrency, by 100 ms"),
     ],
 )
-def test_what_a_reader_must_know_is_told(changes, is_limited, told):
-    result = summarize(a_run(**changes), [1, 1, 1], percentiles=[], goodput_ms={})
-    lines = remarks(result, is_limited=is_limited)
-    assert result["request_goodput"] is None
-    assert any(re.search(told, line) for line in lines)
-    assert "  1x HTTP 429: full" in lines
+def test_what_a_reader_must_know_is_told(changes, facts, told):
+    def lines(facts, **changes):
+        result = summarize(a_run(**changes), [1, 1, 1], percentiles=[], goodput_ms={})
+        return remarks({**result, "request_rate": "inf", "max_concurrency": None, **facts})
+
+    assert any(re.search(told, line) for line in lines(facts, **changes))
+    assert "  1x HTTP 429: full" in lines(facts, **changes)
+    assert not any(re.search(told, line) for line in lines({}, lags_s=[0.24]))
 
 
 def test_arrivals_have_their_rate_and_their_spread():
