@@ -126,7 +126,11 @@ def metrics_of(leaves: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], f
 
 
 def settings_of(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    return {".".join(path): value for path, value in leaves.items() if direction(path) is None}
+    """The rest, but what is neither chosen nor judged."""
+    return {
+        ".".join(path): value for path, value in leaves.items()
+        if direction(path) is None and not any(UNJUDGED.match(name) for name in path)
+    }  # fmt: skip
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Change], dict[str, tuple[Any, Any]]]:

@@ -4,6 +4,7 @@ Read by the load generator, which makes texts of them, and by the offline benche
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ LIKE_CONTEXT = 2048
 """Most tokens of a request drawn so, as of the paper's models; a third of them prompt."""
 DEFAULT_NUM = 64
 """Requests."""
+SLACK_TOKENS = 8
+"""Kept free beside a part of the prompt, where its length is an estimate."""
 FIXED = (256, 128)
 """Prompt and output tokens where nothing else is said."""
 
@@ -93,25 +96,30 @@ def draw_plans(
     ]
 
 
-def cut_to_fit(plans: Sequence[RequestPlan], max_model_len: int | None) -> tuple[list[RequestPlan], int, int]:
+def cut_to_fit(
+    plans: Sequence[RequestPlan], max_model_len: int | None, *, slack: float = 0.0
+) -> tuple[list[RequestPlan], int, int]:
     """Plans that fit the model: outputs are cut to half of it at most, then prompts to what is left.
 
-    Also how many were cut, and how many were dropped because a text of theirs cannot be cut.
+    `slack` is the part by which prompts may be longer than planned, and a few tokens, where lengths are estimates. Also
+    returns how many were cut, and how many were dropped because a text of theirs cannot be cut.
     """
     if max_model_len is None:
         return list(plans), 0, 0
+    few = SLACK_TOKENS if slack else 0
     fitting: list[RequestPlan] = []
     num_cut = num_dropped = 0
     for plan in plans:
-        if plan.input_len + plan.output_len <= max_model_len:
+        input_len = math.ceil(plan.input_len * (1 + slack)) + few
+        if input_len + plan.output_len <= max_model_len:
             fitting.append(plan)
-            continue
-        if plan.text is not None or plan.messages:
+        elif plan.text is not None:
             num_dropped += 1
-            continue
-        output_len = max(1, min(plan.output_len, max(max_model_len // 2, max_model_len - plan.input_len)))
-        fitting.append(replace(plan, output_len=output_len, input_len=max_model_len - output_len))
-        num_cut += 1
+        else:
+            output_len = max(1, min(plan.output_len, max(max_model_len // 2, max_model_len - input_len)))
+            left = int((max_model_len - output_len - few) / (1 + slack))
+            fitting.append(replace(plan, output_len=output_len, input_len=max(1, left)))
+            num_cut += 1
     return fitting, num_cut, num_dropped
 
 

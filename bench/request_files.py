@@ -19,6 +19,8 @@ TIME_NAMES = ("timestamp", "arrival_s", "arrival_time", "time")
 INPUT_NAMES = ("contexttokens", "input_length", "input_len", "prompt_len", "prompt_tokens", "request tokens")
 OUTPUT_NAMES = ("generatedtokens", "output_length", "output_len", "output_tokens", "response tokens", "max_tokens")
 
+NUM_SAMPLES, SAMPLE_CHARS = 16, 80
+
 Count = Callable[[str], int]
 """Tokens of a text."""
 
@@ -86,17 +88,26 @@ def read_dataset(path: Path, count: Count, *, output_len: int | None = None) -> 
     return plans
 
 
-def choose(found: list[RequestPlan], num: int, room: int | None, rng: np.random.Generator) -> list[RequestPlan]:
+def choose(
+    found: list[RequestPlan], num: int, max_model_len: int | None, rng: np.random.Generator, *, slack: float = 0.0
+) -> list[RequestPlan]:
     """`num` of the plans of a file that fit, in a seeded order; all of them again where they are too few."""
-    fitting, _, num_long = cut_to_fit(found, room)
+    fitting, _, num_long = cut_to_fit(found, max_model_len, slack=slack)
     if not fitting:
-        raise ValueError(f"no prompt of the data set fits in {room} tokens with its output: give --output-len")
+        raise ValueError(f"no prompt of the data set fits in {max_model_len} tokens with its output: give --output-len")
     if num_long:
-        note(f"{num_long} prompts of the data set are left out: with their outputs they have more than {room} tokens")
+        note(f"{num_long} of {len(found)} prompts of the data set do not fit in {max_model_len} tokens with their "
+             "outputs, and are left out")  # fmt: skip
     if num > len(fitting):
         note(f"the data set has {len(fitting)} prompts for {num} requests: a prefix cache may hold those sent again")
     order = np.concatenate([rng.permutation(len(fitting)) for _ in range(math.ceil(num / len(fitting)))])
     return [fitting[index] for index in order[:num]]
+
+
+def sample_text(path: Path) -> str:
+    """Some of the text of a data set, by which the tokens of the rest can be estimated."""
+    plans = read_dataset(path, len)
+    return "\n".join((plan.text or "")[:SAMPLE_CHARS] for plan in plans[:: -(-len(plans) // NUM_SAMPLES)])
 
 
 def _plan_of(row: Mapping[str, Any], count: Count, output_len: int | None) -> RequestPlan | None:

@@ -16,8 +16,9 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from bench.client.flags import ENDPOINTS, parse
 from bench.client.http import Connections, Target
 from bench.client.load import LoadRun, Outcome, Sender, send_all
 from bench.client.metrics import details_of, print_metrics, remarks, summarize
-from bench.client.prompts import BodyMaker, TokenPrompts, WordPrompts, bodies_of, load_tokenizer
-from bench.client.server import ServerFacts, ask_server, calibrate
+from bench.client.prompts import WORDS, BodyMaker, TokenPrompts, WordPrompts, bodies_of, load_tokenizer
+from bench.client.server import ServerFacts, ask_server, calibrate, first_request, when_ready
 from bench.plans import DEFAULT_NUM, RequestPlan, cut_to_fit, draw_plans
 from bench.record import describe_run, note, save_result, write_result
-from bench.request_files import Count, choose, read_dataset, read_trace
+from bench.request_files import Count, choose, read_dataset, read_trace, sample_text
 
 NUM_FILES = 256
 """That are open beside a connection for each request."""
+WORD_SLACK, TEXT_SLACK = 1 / 32, 1 / 4
+"""By what part prompts of random words, and texts that are only estimated, may have more tokens than they should."""
 WARM_UP_SEED = 1_000_003
 """Added to the seed of prompts that only warm up: no prefix cache may hold a measured prompt because of them."""
 
@@ -52,46 +55,56 @@ class Measured:
     tokens_per_word: float | None
 
 
-def read_plans(args: argparse.Namespace, count: Count, room: int | None) -> tuple[list[RequestPlan], int]:
-    """The requests with their arrivals, and how many were cut to fit in `room` tokens."""
+def read_plans(
+    args: argparse.Namespace, count: Count, max_model_len: int | None, slack: float
+) -> tuple[list[RequestPlan], int]:
+    """The requests with their arrivals, and how many were cut to fit the model; `slack` as in `cut_to_fit`."""
     rng = np.random.default_rng(args.seed)
     num_prompts = args.num_prompts or DEFAULT_NUM
     if args.trace is not None:
         plans = read_trace(args.trace, unit_s=args.trace_unit, speed=args.trace_speed, limit=args.num_prompts)
+    elif args.dataset is not None:
+        found = read_dataset(args.dataset, count, output_len=args.output_len)
+        plans = choose(found, num_prompts, max_model_len, rng, slack=slack)
     else:
-        if args.dataset is None:
-            plans = draw_plans(
-                args.lengths, num_prompts, input_len=args.input_len, output_len=args.output_len, max_model_len=room,
-                rng=rng,
-            )
-        else:
-            plans = choose(read_dataset(args.dataset, count, output_len=args.output_len), num_prompts, room, rng)
+        plans = draw_plans(
+            args.lengths, num_prompts, input_len=args.input_len, output_len=args.output_len,
+            max_model_len=max_model_len, rng=rng,
+        )  # fmt: skip
+    if args.trace is None:
         times = arrival_times(len(plans), args.request_rate, args.burstiness, rng)
-        plans = [
-            RequestPlan(**{**vars(plan), "arrival_s": arrival_s}) for plan, arrival_s in zip(plans, times, strict=True)
-        ]
-    plans, num_cut, _ = cut_to_fit(plans, room)
+        plans = [replace(plan, arrival_s=arrival_s) for plan, arrival_s in zip(plans, times, strict=True)]
+    plans, num_cut, _ = cut_to_fit(plans, max_model_len, slack=slack)
     if num_cut:
-        note(f"{num_cut} of {len(plans)} requests are cut to fit in {room} tokens")
+        note(f"{num_cut} of {len(plans)} requests are cut to fit in {max_model_len} tokens")
     return plans, num_cut
 
 
 async def measure(args: argparse.Namespace, target: Target) -> Measured:
     """Ask the server what it serves, send what warms up, then what is measured."""
     async with Connections(target) as connections:
-        facts = await ask_server(
-            connections, base_url=args.base_url, model=args.model, api_key_env=args.api_key_env
+        deadline_s = time.monotonic() + args.ready_timeout
+        facts = await when_ready(
+            lambda: ask_server(
+                connections, base_url=args.base_url, model=args.model, api_key_env=args.api_key_env
+            ),
+            deadline_s,
         )
         is_chat = ENDPOINTS[args.endpoint] == "openai-chat"
         make = BodyMaker(model=facts.model, is_chat=is_chat, extra=args.extra_body)
         sender = Sender(connections, args.endpoint, timeout_s=args.timeout, keeps_text=args.save_detailed)
         exact = None if args.tokenizer is None else TokenPrompts(load_tokenizer(args.tokenizer))
+        await when_ready(lambda: first_request(sender, make, WORDS[0]), deadline_s)
         prompts: WordPrompts | TokenPrompts
-        prompts = exact if exact is not None and not is_chat else await calibrate(sender, make, args.seed)
-        room = args.max_model_len or facts.max_model_len
-        if room is not None and isinstance(prompts, WordPrompts):
-            room -= 8 + room // 32  # words have about as many tokens as they should
-        plans, num_cut = read_plans(args, (exact or prompts).count, room)
+        if exact is not None and not is_chat:
+            prompts = exact
+        else:
+            sample = None if args.dataset is None or exact is not None else sample_text(args.dataset)
+            prompts = await calibrate(sender, make, args.seed, sample)
+        slack = 0.0 if prompts is exact else WORD_SLACK if args.dataset is None or exact is not None else TEXT_SLACK
+        plans, num_cut = read_plans(
+            args, (exact or prompts).count, args.max_model_len or facts.max_model_len, slack
+        )
         bodies = bodies_of(plans, make, lambda plan, index: prompts.prompt(plan, args.seed, index))
         await warm_up(sender, make, prompts, plans, args)
         open_files(len(bodies) if args.max_concurrency is None else min(len(bodies), args.max_concurrency))

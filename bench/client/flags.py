@@ -26,6 +26,7 @@ def parse(argv: Sequence[str], question: str) -> argparse.Namespace:
     parser.add_argument("--model", help="its name at the server (default: the first that /v1/models names)")
     parser.add_argument("--tokenizer", help="folder with its tokenizer.json: prompts of completions are exact then")
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable with the key (default: %(default)s)")
+    parser.add_argument("--ready-timeout", type=float, default=0.0, help="seconds to wait for the server to be ready")
     parser.add_argument("--extra-body", type=_json_object, default={}, help="JSON object of further fields; null "
                         'takes one of ours away, as in {"ignore_eos": null}')  # fmt: skip
     group = parser.add_argument_group("arrivals")
@@ -49,6 +50,8 @@ def parse(argv: Sequence[str], question: str) -> argparse.Namespace:
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--output", type=Path, help="file for the JSON result")
     args = parser.parse_args(argv)
+    if not args.ready_timeout >= 0:
+        parser.error("--ready-timeout must be 0 or more")
     check_length_flags(parser, args)
     _check(parser, args)
     args.goodput = _goodput(parser, args.goodput)

@@ -81,8 +81,12 @@ class ScriptedServer:
     finds out what words cost (`max_tokens` 1) are answered with tokens at once, and are not counted.
     """
 
-    def __init__(self, *script: Answer, models: bytes | None = None, api_key: str | None = None) -> None:
+    def __init__(
+        self, *script: Answer, models: bytes | None = None, api_key: str | None = None, num_unready: int = 0
+    ) -> None:
+        """Its first `num_unready` requests are told that it is not ready."""
         self.script = script
+        self.num_unready = num_unready
         self.models = models or whole(b"200 OK", {"data": [{"id": "scripted", "max_model_len": 4096}]})
         self.api_key = api_key
         self.bodies: list[dict[str, Any]] = []
@@ -119,8 +123,8 @@ class ScriptedServer:
         try:
             while not writer.is_closing():
                 await self._on_request(reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client has gone, or the server ends
         finally:
             writer.close()
 
@@ -128,25 +132,29 @@ class ScriptedServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         method, path, _ = head.split(" ", 2)
         self.paths.append(path)
-        if self.api_key is not None and f"authorization: Bearer {self.api_key}\r\n" not in head:
+        length = next((line for line in head.lower().split("\r\n") if line.startswith("content-length:")), ":0")
+        content = await reader.readexactly(int(length.partition(":")[2]))
+        if len(self.paths) <= self.num_unready:
+            writer.write(whole(b"503 Service Unavailable", {"error": {"message": "loading"}}))
+        elif self.api_key is not None and f"authorization: Bearer {self.api_key}\r\n" not in head:
             writer.write(whole(b"401 Unauthorized", {"error": {"message": "no key"}}))
         elif method == "GET":
-            is_models = path.endswith("/v1/models")
-            writer.write(self.models if is_models else whole(b"404 Not Found", {}))
+            writer.write(self.models if path.endswith("/v1/models") else whole(b"404 Not Found", {}))
         else:
-            length = int(next(line for line in head.split("\r\n") if line.startswith("content-length"))[15:])
-            body = json.loads(await reader.readexactly(length))
-            answer = tokens()
-            if body["max_tokens"] > 1:
-                answer = self.script[len(self.bodies) % len(self.script)]
-                self.bodies.append(body)
-            self.num_open += 1
-            self.max_open = max(self.max_open, self.num_open)
-            try:
-                await answer(writer, body)
-            finally:
-                self.num_open -= 1
+            await self._complete(writer, json.loads(content))
         await writer.drain()
+
+    async def _complete(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+        answer = tokens()
+        if body["max_tokens"] > 1:
+            answer = self.script[len(self.bodies) % len(self.script)]
+            self.bodies.append(body)
+        self.num_open += 1
+        self.max_open = max(self.max_open, self.num_open)
+        try:
+            await answer(writer, body)
+        finally:
+            self.num_open -= 1
 
     def __enter__(self) -> "ScriptedServer":
         self._thread.start()

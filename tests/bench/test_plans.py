@@ -47,6 +47,10 @@ def test_plans_are_cut_to_fit_and_texts_are_left_out():
     assert [(plan.input_len, plan.output_len) for plan in fitting] == [(50, 50), (90, 10), (10, 90), (50, 50)]
     assert (num_cut, num_dropped, fitting[1].arrival_s) == (3, 1, 3.0)
     assert cut_to_fit(plans, None) == (plans, 0, 0)
+    # a quarter longer and eight more: 68 + 8 + 24 fit, 69 + 8 + 24 do not
+    lens = [(54, 24), (55, 24)]
+    fitting, num_cut, _ = cut_to_fit([RequestPlan(input_len=a, output_len=b) for a, b in lens], 100, slack=0.25)
+    assert ([(plan.input_len, plan.output_len) for plan in fitting], num_cut) == ([(54, 24), (54, 24)], 1)
 
 
 def write(path, *lines):

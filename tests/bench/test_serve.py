@@ -6,6 +6,7 @@ import math
 import pytest
 
 from bench.serve import main
+from bench.serving import ServerProcess
 from tests.bench.scripted_server import END, HEAD, ScriptedServer, event, raw, tokens, whole
 
 
@@ -177,7 +178,7 @@ def test_a_seed_gives_the_same_requests_and_warm_ups_are_none_of_them(bench):
     [
         ({"api_key": "k"}, [], "wants an API key .HTTP 401.: put it in .OPENAI_API_KEY"),
         ({"models": whole(b"404 Not Found", {})}, [], "names no model .GET /v1/models: HTTP 404.: give --model"),
-        ({}, ["--input-len", "5000"], "do not fit a model of 39.*give a smaller --input-len"),
+        ({}, ["--input-len", "5000"], "do not fit a model of 4096: give a smaller --input-len"),
         ({}, ["--tokenizer", "/nowhere"], "there is no tokenizer.json in it"),
     ],
 )
@@ -185,6 +186,49 @@ def test_what_cannot_be_done_is_refused_with_a_remedy(server, flags, told, bench
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with ScriptedServer(tokens(), **server) as running, pytest.raises(ValueError, match=told):
         bench(running, *flags)
+
+
+@pytest.mark.parametrize("num_unready", [1, 3])
+def test_a_server_that_is_not_ready_is_waited_for_where_that_is_asked(num_unready, bench):
+    """The third request is the first one that wants tokens."""
+    told = pytest.raises(ValueError, match="--ready-timeout would wait for")
+    with ScriptedServer(tokens(), num_unready=num_unready) as server, told:
+        bench(server, "--num-prompts", "2")
+    with ScriptedServer(tokens(), num_unready=num_unready) as server:
+        code, result, _ = bench(server, "--num-prompts", "2", "--ready-timeout", "60")
+    assert (code, result["completed"], len(server.bodies)) == (0, 2, 2)
+
+
+def test_a_trace_is_replayed_with_its_times_and_lengths(bench, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    rows = [(0, 100, 3), (200, 5000, 4), (400, 60, 2)]
+    path.write_text("".join(
+        json.dumps({"timestamp": at, "input_length": prompt, "output_length": new}) + "\n" for at, prompt, new in rows
+    ))  # fmt: skip
+    output = tmp_path / "result.json"
+    with ScriptedServer(tokens()) as server:
+        _, result, err = bench(
+            server, "--trace", str(path), "--trace-unit", "ms", "--save-detailed", "--output", str(output)
+        )
+    details = json.loads(output.read_text())
+    assert (details["output_lens"], result["num_cut_to_fit"], result["request_rate"]) == ([3, 4, 2], 1, "trace")
+    assert (details["input_lens"][0], details["input_lens"][2]) == (100, 60)
+    assert 3900 < details["input_lens"][1] <= 4092
+    assert all(start >= at / 1000 for start, (at, _, _) in zip(details["start_times"], rows, strict=True))
+    assert result["offered_request_rate"] == pytest.approx(5)
+    assert "1 of 3 requests are cut to fit in 4096 tokens" in err
+
+
+def test_prompts_of_a_file_are_sent_as_they_are(bench, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    prompts = [f"this is prompt number {index}" for index in range(6)]
+    path.write_text("".join(json.dumps({"prompt": prompt, "output_len": 4}) + "\n" for prompt in prompts))
+    with ScriptedServer(tokens()) as server:
+        _, result, err = bench(server, "--dataset", str(path), "--num-prompts", "8")
+    assert {body["prompt"] for body in server.bodies} == set(prompts)
+    assert (result["total_output_tokens"], result["total_input_tokens"]) == (32, 80)
+    assert result["workload"] == "prompts.jsonl"
+    assert "the data set has 6 prompts for 8 requests" in err
 
 
 def test_a_server_that_is_not_there_is_told():
@@ -220,3 +264,22 @@ def test_a_thousand_streams_are_open_at_once(bench):
     assert 0 < client["cpu_us_per_output_token"] < 2_000
     assert client["busy_fraction"] == pytest.approx(client["cpu_s"] / result["duration"])
     assert math.isfinite(client["p99_lag_ms"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
+def test_our_own_server_gives_the_tokens_that_were_asked_for(endpoint, bench, tmp_path):
+    pytest.importorskip("uvicorn", reason="the server needs the extra: pip install 'jaxpaged[server]'")
+    output = tmp_path / "result.json"
+    with ServerProcess(["demo", "--max-num-seqs", "8"], tmp_path / "server.log") as server:
+        server.url = f"http://127.0.0.1:{server.port}"
+        code, result, _ = bench(
+            server, "--endpoint", endpoint, "--num-prompts", "6", "--output-len", "9", "--input-len", "60",
+            "--request-rate", "20", "--save-detailed", "--output", str(output),
+        )  # fmt: skip
+        assert server.metric("jaxpaged:compiles_after_ready_total") == 0
+    assert (code, result["completed"], result["output_tokens_counted_by"]) == (0, 6, "usage")
+    details = json.loads(output.read_text())
+    assert details["output_lens"] == [9] * 6
+    assert all(abs(length - 60) <= 8 for length in details["input_lens"])
+    assert 1 <= result["tokens_per_chunk"] < 2

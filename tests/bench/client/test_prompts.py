@@ -21,7 +21,9 @@ def test_words_are_as_many_as_their_tokens_allow():
     assert (prompts.tokens_per_word, prompts.overhead) == (2, 5)
     assert len(prompts.prompt(RequestPlan(input_len=45, output_len=1), 0, 0).split()) == 20
     assert len(prompts.prompt(RequestPlan(input_len=1, output_len=1), 0, 0).split()) == 1
-    assert prompts.count("three words here") == 6
+    assert prompts.count("word " * 100) == pytest.approx(200, rel=0.1)
+    prompts.tokens_per_char = 0.5
+    assert prompts.count("12345678") == 4
     with pytest.raises(ValueError, match="counts 9 and 9 tokens"):
         WordPrompts.calibrated((9, 9))
 
