@@ -33,7 +33,7 @@ LABELS = {
     "imports_s": "imports",
     "device_s": "finding the device",
     "load_s": "loading weights",
-    "engine_s": "engine (memory plan, cache, tokenizer)",
+    "engine_s": "engine (C++ kernels, memory plan, tokenizer)",
     "compile_s": "compiling, or reading what was compiled",
     "ready_s": "ready",
     "first_token_s": "prompt to first token",
@@ -89,10 +89,10 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def print_report(result: dict[str, Any]) -> None:
     """The table for people."""
     print(f"{result['model']} {result['dtype']} on {result['device']}, medians of {result['cold']['num_runs']}")
-    print(f"{'seconds':42}{'cold':>9}{'warm':>9}")
+    print(f"{'seconds':46}{'cold':>9}{'warm':>9}")
     for name, label in LABELS.items():
         mark = "= " if name in SUMS else ""
-        print(f"{mark + label:42}{result['cold'][name]:9.2f}{result['warm'][name]:9.2f}")
+        print(f"{mark + label:46}{result['cold'][name]:9.2f}{result['warm'][name]:9.2f}")
     print(f"start to first token: {result['cold']['min_total_s']:.2f} to {result['cold']['max_total_s']:.2f} s cold, "
           f"{result['warm']['min_total_s']:.2f} to {result['warm']['max_total_s']:.2f} s warm")
 
