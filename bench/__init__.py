@@ -5,7 +5,12 @@ Read first: `bench.workloads.BenchRequest`, then `bench.offline`.
 """
 
 VERBS = {
-    "throughput": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
+    "latency": ("bench.latency", "seconds of one batch, of any model"),
+    "throughput": ("bench.throughput", "tokens a second of many requests that lie ready, of any model"),
+    "serve": ("bench.serve", "a server with OpenAI's API under load, ours or any other"),
+    "startup": ("bench.startup", "seconds until the first token, cold and warm, and where they go"),
+    "compare": ("bench.compare", "two results of one bench: what is better, what worse, and by how much"),
+    "offline": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
     "steps": ("bench.steps", "milliseconds of decode and prefill steps"),
     "kernels": ("bench.kernels", "paged attention against its reference, its peers and the machine's ceilings"),
     "llama8b": ("bench.llama8b", "tokens a second of an 8B Llama on one accelerator"),

@@ -15,12 +15,20 @@ class EngineWorker:
     def __init__(self) -> None:
         self._llm: LLM | None = None
 
-    def load(self, folder: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load the model; `options` are further arguments of LLM."""
+    def load(
+        self, folder: str, dtype: str, options: dict[str, Any], show_progress: bool = False
+    ) -> dict[str, Any]:
+        """Load the model; `options` are further arguments of LLM. Returns what is known then."""
         start = time.perf_counter()
-        self._llm = LLM(folder, dtype=dtype, show_progress=False, **options)
+        self._llm = llm = LLM(folder, dtype=dtype, show_progress=show_progress, **options)
         device = jax.devices()[0]
-        return {"load_s": time.perf_counter() - start, "device": f"{device.platform} {device.device_kind}"}
+        return {
+            "load_s": time.perf_counter() - start,
+            "device": f"{device.platform} {device.device_kind}",
+            "dtype": str(llm.engine.model_config.dtype),
+            "vocab_size": llm.engine.model_config.vocab_size,
+            "max_model_len": llm.engine.max_model_len,
+        }
 
     def generate(
         self, prompts: list[list[int]], max_tokens: list[int], detokenize: bool = False
@@ -52,6 +60,8 @@ class EngineWorker:
             "cpu_s": cpu_s,
             "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
             "texts": [output.outputs[0].text for output in outputs],
+            "first_token_s": [output.metrics.time_to_first_token_s for output in outputs],
+            "warm_up_s": llm.last_warm_up_s,
             "host": {name: after[name] - before[name] for name in after},
         }
 

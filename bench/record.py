@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from bench.worker import PROJECT_ROOT
 
 
 def describe_run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Name, date, command, commit and host of this run. Absolute paths in the command are cut to their last part."""
+    """Name, date, command, commit, versions and host of this run; a bench that measures elsewhere brings its versions.
+
+    Absolute paths in the command are cut to their last part.
+    """
     shown = [part if not Path(part).is_absolute() else Path(part).name for part in arguments]
     return {
         "bench": module.removeprefix("bench."),
@@ -23,6 +27,7 @@ def describe_run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "command": " ".join(["python", "-m", module, *shown]),
         "commit": _commit(),
         "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("jaxpaged", "jax", "jaxlib", "numpy")},
         "host": {"system": platform.platform(terse=True), "cpu": _cpu_name(), "num_cores": os.cpu_count()},
     }
 
@@ -33,6 +38,14 @@ def sources_digest(patterns: Sequence[str]) -> str:
     for path in sorted({path for pattern in patterns for path in PROJECT_ROOT.glob(pattern)}):
         digest.update(path.relative_to(PROJECT_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _version(name: str) -> str | None:
+    """None of what is not installed, as a clone of this project may be."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
