@@ -1,4 +1,4 @@
-"""What the commands of the experiments have in common: a small size for tests, a seed, and what a result says of itself."""
+"""What the experiments' commands have in common: a small size for tests, a seed, and what a result says of itself."""
 
 import argparse
 import platform

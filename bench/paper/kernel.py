@@ -1,12 +1,12 @@
-"""What does attention cost when keys and values lie in scattered blocks instead of one piece? (Kwon et al. 2023, fig. 18a)
+"""What does attention cost when keys and values lie in scattered blocks? (Kwon et al. 2023, figure 18a)
 
 Decodes of some sequences at some context length, one layer, on the same keys and values. Bound by memory bandwidth.
-On a CPU the contiguous contestants are: the compiled kernel with one block a sequence, so that only where the tokens lie
+On a CPU the contiguous contestants are: the compiled kernel with one block a sequence, so that only where tokens lie
 differs; and two attentions as frameworks with contiguous caches write them in XLA, one batched product over all
 sequences (`dense`, on equal lengths, its best case) and one sequence after the other (`dense, in turn`). All write the
 new token's key and value, and give the same output, or the bench ends in an error. Each layer has a cache of its own,
-so that none is still in the processor's caches. On an accelerator it is `device_kernels.py` that times our kernels, JAX's
-paged ones and `jax.nn.dot_product_attention` on contiguous keys and values.
+so that none is still in the processor's caches. On an accelerator `device_kernels.py` times our kernels, JAX's paged
+ones and `jax.nn.dot_product_attention` on contiguous keys and values.
 
     python -m bench.paper.kernel --output bench/results/kernel.json
 """
@@ -189,7 +189,8 @@ def print_report(result: dict[str, Any]) -> None:
     print(f"{'sequences':>9}{'context':>9}  {'attention':<36}{'us a layer':>11}{'min':>9}")
     for row in result["rows"]:
         name = row["implementation"] + (" (paged)" if row["is_paged"] else "")
-        print(f"{row['num_seqs']:9d}{row['context']:9d}  {name:<36}{row['us_a_layer']:11.1f}{row['us_a_layer_min']:9.1f}")
+        print(f"{row['num_seqs']:9d}{row['context']:9d}  {name:<36}{row['us_a_layer']:11.1f}"
+              f"{row['us_a_layer_min']:9.1f}")
     low, high = PAPER_OVERHEAD
     print(f"\nmore time, paged against the fastest contiguous one (paper: {100 * low:.0f} to {100 * high:.0f} %)")
     for row in result["overheads"]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,9 +72,13 @@ def warm_up(llm: LLM, *, num_candidates: Sequence[int] = (), with_sampler: bool 
 
 def serve(
     llm: LLM, arrivals: Sequence[Arrival], *, method: Method = "greedy", number: int = 1,
-    gate: ReservationGate | None = None, seed: int = 0,
+    gate: ReservationGate | None = None, look: Callable[[Engine], None] | None = None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Requests with random prompts, each given to the engine when it arrives; latencies, and counts of the run."""
+    """Requests with random prompts, each given to the engine when it arrives; latencies, and counts of the run.
+
+    Args:
+        look: Called after each step.
+    """
     engine = llm.engine
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, engine.model_config.vocab_size, each.num_prompt_tokens).tolist() for each in arrivals]
@@ -101,6 +105,8 @@ def serve(
                     for completion in output.outputs:
                         if len(completion.token_ids) != arrivals[index].num_output_tokens:
                             raise RuntimeError(f"{output.request_id} gave {len(completion.token_ids)} tokens")
+            if look is not None:
+                look(engine)
     finally:
         engine.scheduler.gate = None
     after = engine.stats()
@@ -110,8 +116,10 @@ def serve(
     return {
         "normalized_latency_s": float(np.mean(normalized)),
         "requests_per_s": len(arrivals) / max(ended_s),
+        "tokens_per_s": sum(number * each.num_output_tokens for each in arrivals) / max(ended_s),
         "num_steps": after.num_steps - before.num_steps,
         "num_preemptions": after.num_preemptions - before.num_preemptions,
+        "num_swapped_out_blocks": after.num_swapped_out_blocks - before.num_swapped_out_blocks,
         "num_compiles": after.num_compiles_after_warmup - before.num_compiles_after_warmup,
     }
 

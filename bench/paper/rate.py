@@ -45,7 +45,7 @@ PAPER_GAINS = {
     ("Alpaca-like", "greedy", 1): {"oracle": (1.3, 1.3)},
     ("Alpaca-like", "beams", 6): {"oracle": (2.3, 2.3)},
 }
-"""How many times the rate of the reservation paging sustains, OPT-13B (ShareGPT: also larger models): lowest, highest."""
+"""How many times the rate of a reservation paging sustains, OPT-13B (ShareGPT: larger ones too): lowest, highest."""
 SMALL = {
     "shape": "tiny", "num_requests": 30, "num_slots": 1024, "max_model_len": 256, "max_num_seqs": 8,
     "max_num_batched_tokens": 32, "bursts": [1, 4, 8], "num_measured_tokens": 6, "num_live_requests": 6,
@@ -262,7 +262,8 @@ def print_report(result: dict[str, Any]) -> None:
             paper = row["paper_gains"].get(curve["contender"])
             shown = "" if paper is None else "-".join(f"{value:g}x" for value in dict.fromkeys(paper))
             most = curve["all_at_once"]
-            print(f"  {curve['contender']:<24}{cells}{curve['paging_serves']:8.2f}x{most['mean_running']:9.1f}{shown:>11}")
+            print(f"  {curve['contender']:<24}{cells}{curve['paging_serves']:8.2f}x{most['mean_running']:9.1f}"
+                  f"{shown:>11}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
