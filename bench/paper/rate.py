@@ -12,155 +12,35 @@ of the fitted clock are served live as well, and the difference is told. Bound b
 of many sequences takes nearly as many times longer; by the memory's bandwidth on the paper's device.
 
     python -m bench.paper.rate --output bench/results/rate.json
+
+In two parts, of which only the first needs a quiet machine: `--clocks --output costs.json`, then `--costs costs.json`.
 """
 
-import math
+import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench.ceilings import num_cores
 from bench.paper.command import describe, make_parser, parse_sized
+from bench.paper.curves import PAGING, Bench, Case, Contender, cases_of, run_all
 from bench.paper.live import measure_steps, serve, warm_up
-from bench.paper.reservation import Policy, ReservationGate
-from bench.paper.step_costs import PAPER_DEVICE, Costs, LinearCosts, as_json, fit, relative_errors
-from bench.paper.virtual_clock import Arrival, Memory, Method, Outcome, poisson, simulate
+from bench.paper.step_costs import PAPER_DEVICE, LinearCosts, as_json, fit, from_json, relative_errors
+from bench.paper.virtual_clock import Memory, Method, poisson
 from bench.record import note, write_result
 from bench.shapes import SHAPES, write_model
-from bench.workloads import PAPER_MEANS, paper_lens
 from jaxpaged import LLM
-from jaxpaged.runner.buckets import Buckets
+from jaxpaged.runner.buckets import Bucket, Buckets
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)
-"""Of the requests a second that a policy serves when all come at once: where its curve is drawn."""
-NUM_ALONE = 64
-"""Requests that are served one by one to know the latency without load."""
-LIVE_FRACTION = 0.7
-PAPER_GAINS = {
-    ("ShareGPT-like", "greedy", 1): {"oracle": (1.7, 2.7), "max": (2.7, 8.0)},
-    ("Alpaca-like", "greedy", 1): {"oracle": (1.3, 1.3)},
-    ("Alpaca-like", "beams", 6): {"oracle": (2.3, 2.3)},
-}
-"""How many times the rate of a reservation paging sustains, OPT-13B (ShareGPT: larger ones too): lowest, highest."""
+LIVE_FRACTION = 0.6
+"""Of the requests a second that are served when all come at once, for the points that are served live."""
 SMALL = {
-    "shape": "tiny", "num_requests": 30, "num_slots": 1024, "max_model_len": 256, "max_num_seqs": 8,
-    "max_num_batched_tokens": 32, "bursts": [1, 4, 8], "num_measured_tokens": 6, "num_live_requests": 6,
-    "numbers": [2], "longest": 60,
+    "shape": "tiny", "num_requests": 30, "num_slots": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+    "bursts": [1, 4, 8], "num_measured_tokens": 6, "num_live_requests": 6, "numbers": [2], "num_processes": 1,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """Which requests."""
-
-    lengths: str
-    method: Method
-    number: int
-    """Samples or beams."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A memory policy; None is paging."""
-
-    policy: Policy | None
-    has_buddies: bool = True
-
-    def gate(self, memory: Memory) -> ReservationGate | None:
-        if self.policy is None:
-            return None
-        return ReservationGate(
-            self.policy, num_slots=memory.num_slots, max_model_len=memory.max_model_len, has_buddies=self.has_buddies
-        )
-
-    @property
-    def name(self) -> str:
-        return "paging" if self.policy is None else self.policy + ("" if self.has_buddies else ", ideally packed")
-
-
-PAGING = Contender(None)
-CONTENDERS = (Contender("max"), Contender("pow2"), Contender("oracle"), Contender("oracle", False), PAGING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What every simulated run has in common."""
-
-    memory: Memory
-    buckets: Buckets
-    num_requests: int
-    longest: int
-    seed: int
-
-    def lens(self, case: Case, num_requests: int | None = None) -> list[tuple[int, int]]:
-        rng = np.random.default_rng(self.seed)
-        return paper_lens(rng, num_requests or self.num_requests, case.lengths, longest=self.longest)
-
-    def run(self, case: Case, contender: Contender, costs: Costs, arrivals: Sequence[Arrival]) -> Outcome:
-        return simulate(
-            arrivals, costs, self.memory, self.buckets, gate=contender.gate(self.memory), method=case.method,
-            number=case.number,
-        )  # fmt: skip
-
-    def capacity(self, case: Case, contender: Contender, costs: Costs) -> Outcome:
-        """All requests at once."""
-        return self.run(case, contender, costs, [Arrival(0.0, *pair) for pair in self.lens(case)])
-
-    def unloaded_s(self, case: Case, costs: Costs) -> float:
-        """Mean normalized latency of requests of which each is alone."""
-        alone = [self.run(case, PAGING, costs, [Arrival(0.0, *pair)]) for pair in self.lens(case)[:NUM_ALONE]]
-        return float(np.mean([outcome.normalized_latencies_s[0] for outcome in alone]))
-
-    def curve(self, case: Case, contender: Contender, costs: Costs) -> dict[str, Any]:
-        """The points of a contender, and what it did with all requests at once."""
-        most = self.capacity(case, contender, costs).summary()
-        points = []
-        for fraction in FRACTIONS:
-            rate = fraction * most["requests_per_s"]
-            outcome = self.run(case, contender, costs, poisson(self.lens(case), rate, self.seed))
-            points.append({"rate": rate, **outcome.summary()})
-        return {"contender": contender.name, "all_at_once": most, "points": points}
-
-
-def sustained_rate(points: Sequence[dict[str, Any]], limit_s: float) -> float | None:
-    """The rate at which the mean normalized latency reaches the limit, between two points; None if none does."""
-    for before, after in zip(points, points[1:], strict=False):
-        low, high = before["normalized_latency_s"], after["normalized_latency_s"]
-        if low <= limit_s < high:
-            part = (math.log(limit_s) - math.log(low)) / (math.log(high) - math.log(low))
-            return before["rate"] + part * (after["rate"] - before["rate"])
-    return None
-
-
-def cases_of(methods: Sequence[Method], numbers: Sequence[int]) -> Iterator[Case]:
-    for method in methods:
-        if method == "greedy":
-            yield from (Case(lengths, method, 1) for lengths in PAPER_MEANS)
-        else:
-            yield from (Case("Alpaca-like", method, number) for number in numbers)
-
-
-def measure_case(bench: Bench, case: Case, clock: str, costs: Costs, factors: Sequence[float]) -> dict[str, Any]:
-    """The curves of all contenders, the rates they sustain, and how many times theirs is paging's."""
-    unloaded_s = bench.unloaded_s(case, costs)
-    curves = [bench.curve(case, contender, costs) for contender in CONTENDERS]
-    for curve in curves:
-        curve["sustained"] = {str(f): sustained_rate(curve["points"], f * unloaded_s) for f in factors}
-    paging = curves[-1]
-    for curve in curves:
-        curve["paging_sustains"] = {
-            factor: paging["sustained"][factor] / rate if rate and paging["sustained"][factor] else None
-            for factor, rate in curve["sustained"].items()
-        }
-        curve["paging_serves"] = (
-            paging["all_at_once"]["requests_per_s"] / curve["all_at_once"]["requests_per_s"]
-        )
-    gains = {name: list(pair) for name, pair in PAPER_GAINS.get((case.lengths, case.method, case.number), {}).items()}
-    return {**asdict(case), "clock": clock, "unloaded_s": unloaded_s, "curves": curves, "paper_gains": gains}
 
 
 def measured_costs(llm: LLM, args: Any) -> tuple[dict[Method, LinearCosts], dict[str, Any]]:
@@ -209,13 +89,9 @@ def validate(llm: LLM, bench: Bench, costs: dict[Method, LinearCosts], args: Any
     return rows
 
 
-def measure(args: Any) -> dict[str, Any]:
-    """Everything: costs, validation, and each case on each clock."""
+def measure_costs(args: Any) -> dict[str, Any]:
+    """Step costs of this machine and how well the clock made of them agrees with the live engine."""
     shape = replace(SHAPES[args.shape], max_position_embeddings=args.max_model_len)
-    memory = Memory(
-        num_slots=args.num_slots, block_size=args.block_size, max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-rate-") as scratch:
         folder = write_model(shape, Path(scratch) / "model", seed=args.seed)
         llm = LLM(
@@ -223,23 +99,55 @@ def measure(args: Any) -> dict[str, Any]:
             max_num_batched_tokens=args.max_num_batched_tokens, enable_prefix_caching=False, preemption="recompute",
             num_device_blocks=1 + args.num_slots // args.block_size, show_progress=False,
         )  # fmt: skip
-        bench = Bench(
-            memory=memory, buckets=llm.engine.runner.shapes.buckets, num_requests=args.num_requests,
-            longest=args.longest, seed=args.seed,
-        )  # fmt: skip
+        buckets = llm.engine.runner.shapes.buckets
         costs, told = measured_costs(llm, args)
-        validation = validate(llm, bench, costs, args)
-    rows = []
-    for case in cases_of(args.methods, args.numbers):
-        for clock in args.clocks:
-            clock_costs: Costs = costs[case.method] if clock == "fitted" else PAPER_DEVICE
-            rows.append(measure_case(bench, case, clock, clock_costs, args.factors))
-            note(f"{case}, {clock} clock: done")
+        return {
+            "shape": args.shape, "step_costs": told, "buckets": [astuple(bucket) for bucket in buckets.all],
+            "validation": validate(llm, make_bench(args, buckets), costs, args),
+        }  # fmt: skip
+
+
+def earlier_costs(args: Any) -> dict[str, Any]:
+    """The same from an earlier result; ValueError where it was made for other steps."""
+    result = json.loads(args.costs.read_text())
+    missing = [method for method in args.methods if method not in result["step_costs"]]
+    if missing or result["buckets"][-1][0] != args.max_num_batched_tokens:
+        raise ValueError(
+            f"{args.costs.name} has no costs of {', '.join(missing) or f'{args.max_num_batched_tokens} tokens a step'}:"
+            " measure them, without --costs"
+        )
+    taken = {name: result[name] for name in ("shape", "step_costs", "buckets", "validation")}
+    origin = ("date", "commit", "command", "host", "device", "versions")
+    return taken | {"costs_from": result.get("costs_from") or {name: result[name] for name in origin}}
+
+
+def make_bench(args: Any, buckets: Buckets) -> Bench:
+    return Bench(
+        memory=Memory(
+            num_slots=args.num_slots, block_size=args.block_size, max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+        ),
+        buckets=buckets, num_requests=args.num_requests, longest=args.longest, seed=args.seed,
+    )  # fmt: skip
+
+
+def measure(args: Any) -> dict[str, Any]:
+    """Everything: costs, validation, and each case on each clock."""
+    measured = earlier_costs(args) if args.costs is not None else measure_costs(args)
+    bench = make_bench(args, Buckets(tuple(Bucket(*sizes) for sizes in measured["buckets"])))
+    tasks = [
+        (
+            bench, case, clock,
+            from_json(measured["step_costs"][case.method]) if clock == "fitted" else PAPER_DEVICE, args.factors,
+        )
+        for case in cases_of(args.methods, args.numbers)
+        for clock in args.clocks
+    ]  # fmt: skip
     return {
-        "shape": args.shape, "num_slots": args.num_slots, "num_requests": args.num_requests,
-        "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs, "factors": args.factors,
-        "step_costs": told, "roofline": {"device": PAPER_DEVICE.device.name, "model": PAPER_DEVICE.model.name},
-        "validation": validation, "rows": rows,
+        **measured, "num_slots": args.num_slots, "num_requests": args.num_requests, "factors": args.factors,
+        "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs,
+        "roofline": {"device": PAPER_DEVICE.device.name, "model": PAPER_DEVICE.model.name},
+        "rows": run_all(tasks, args.num_processes) if tasks else [],
     }  # fmt: skip
 
 
@@ -274,10 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=["greedy", "sampling", "beams"],
                         default=["greedy", "sampling", "beams"])  # fmt: skip
     parser.add_argument("--numbers", type=int, nargs="+", default=[2, 4, 6], help="samples, or beams, of a request")
-    parser.add_argument("--clocks", nargs="+", choices=["fitted", "roofline"], default=["fitted", "roofline"])
+    parser.add_argument("--clocks", nargs="*", choices=["fitted", "roofline"], default=["fitted", "roofline"],
+                        help="none: only measure what steps cost")
+    parser.add_argument("--costs", type=Path, help="take what steps cost from this earlier result of the bench")
     parser.add_argument("--factors", type=float, nargs="+", default=[2.0, 5.0, 10.0],
                         help="latencies at which rates are compared, as multiples of the latency without load")
-    parser.add_argument("--num-requests", type=int, default=600)
+    parser.add_argument("--num-requests", type=int, default=1000, help="with samples and beams a third of it")
     parser.add_argument("--num-slots", type=int, default=15_700, help="tokens whose keys and values fit in memory")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -289,8 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-means", type=int, nargs="+", default=[19, 161], help="of those requests")
     parser.add_argument("--num-measured-tokens", type=int, default=24, help="output of each of those requests")
     parser.add_argument("--num-live-requests", type=int, default=100, help="served live to check the fitted clock")
+    parser.add_argument("--num-processes", type=int, default=num_cores(), help="that run the virtual clock")
     args = parse_sized(parser, arguments, SMALL)
-    if min(args.num_requests, args.num_live_requests, *args.numbers, *args.bursts) < 1 or min(args.factors) <= 1:
+    numbers = (args.num_requests, args.num_live_requests, args.num_processes, *args.numbers, *args.bursts)
+    if min(numbers) < 1 or min(args.factors) <= 1:
         parser.error("numbers must be 1 or more, and --factors above 1")
     if args.num_slots < args.max_model_len or 2 * args.longest > args.max_model_len:
         parser.error("--num-slots must hold --max-model-len, and that --longest twice")

@@ -1,6 +1,6 @@
 """How long a step takes, by what it does: fitted to measured steps, or calculated from a device's peak rates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,3 +155,6 @@ PAPER_DEVICE = RooflineCosts(
 def as_json(costs: LinearCosts) -> dict[str, Any]:
     return {"seconds_per_step": costs.seconds_per_step, "seconds_per": costs.seconds_per}
 
+
+def from_json(told: Mapping[str, Any]) -> LinearCosts:
+    return LinearCosts(told["seconds_per_step"], dict(told["seconds_per"]))
