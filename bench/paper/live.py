@@ -20,7 +20,7 @@ from jaxpaged.engine.engine import Engine
 
 @dataclass
 class StepTimes:
-    """Steps as they were read: what each did, and its seconds from the end of the one before (or its planning)."""
+    """Steps as they were read: what each did, and its seconds from the end of the one before, the host's among them."""
 
     works: list[StepWork] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -33,12 +33,12 @@ class StepTimes:
 
 @contextlib.contextmanager
 def recording(engine: Engine) -> Iterator[StepTimes]:
-    """Record the engine's steps within the block, at the two doors of its scheduler."""
+    """Record the engine's steps within the block, in which it is never idle, at the two doors of its scheduler."""
     scheduler, buckets = engine.scheduler, engine.runner.shapes.buckets
     schedule, update = scheduler.schedule, scheduler.update
     times = StepTimes()
     planned: dict[int, tuple[StepWork, float]] = {}
-    last_end = 0.0
+    last_end: float | None = None
 
     def timed_schedule() -> SchedulerOutput:
         began = time.perf_counter()
@@ -52,7 +52,7 @@ def recording(engine: Engine) -> Iterator[StepTimes]:
         ended = time.perf_counter()
         work, began = planned.pop(id(plan))
         times.works.append(work)
-        times.seconds.append(ended - max(last_end, began))
+        times.seconds.append(ended - (began if last_end is None else last_end))
         last_end = ended
         return update(plan, result)
 
