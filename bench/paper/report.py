@@ -25,16 +25,18 @@ from bench.worker import PROJECT_ROOT
 EXPERIMENTS = tuple(dict.fromkeys(section.bench for section in SECTIONS))
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;color:#1d2430;
 background:#fff}h2{margin-top:2.5rem;border-top:1px solid #dde1e7;padding-top:1.5rem}svg{max-width:100%;height:auto}
-table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}td,th{padding:.2rem .6rem;text-align:right;
-border-bottom:1px solid #e6e8ec}td:first-child,th:first-child{text-align:left}.run,.not{color:#5b6770;font-size:.85rem}
+table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}td,th{padding:.2rem .6rem;
+text-align:right;border-bottom:1px solid #e6e8ec}td:first-child,th:first-child{text-align:left}
+.run,.not{color:#5b6770;font-size:.85rem}
 .warning{background:#fdf1d8;padding:.5rem .8rem}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#5b6770}
 code{overflow-wrap:anywhere}"""
-INTRODUCTION = """A language model that serves many requests keeps, for every token it has read or written, keys and values
-in memory. Earlier systems reserved one contiguous piece for each request, as long as it might become; PagedAttention (Kwon
-and others, SOSP 2023, arXiv 2309.06180) cuts the memory into small blocks and gives a request a block when it needs one, as
-operating systems page memory. The paper asks what that is worth. Here its experiments are made again with this engine: the
-memory policies run in one engine with the same kernels and the same order of requests, so that nothing but the policy
-differs. The paper's system ran models of 13 billion parameters and more on A100 GPUs; compare ratios, not absolute figures.
+INTRODUCTION = """A language model that serves many requests keeps, for every token it has read or written, keys and
+values in memory. Earlier systems reserved one contiguous piece for each request, as long as it might become;
+PagedAttention (Kwon and others, SOSP 2023, arXiv 2309.06180) cuts the memory into small blocks and gives a
+request a block when it needs one, as operating systems page memory. The paper asks what that is worth. Here its
+experiments are made again with this engine: the memory policies run in one engine with the same kernels and the
+same order of requests, so that nothing but the policy differs. The paper's system ran models of 13 billion
+parameters and more on A100 GPUs; compare ratios, not absolute figures.
 """
 
 
@@ -47,7 +49,7 @@ def find_results(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         try:
             result = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path.name} is no JSON ({error}): make it again, or move it out of the folder") from error
+            raise ValueError(f"{path.name} is no JSON ({error}): make it again, or move it away") from error
         name = str(result.get("bench", "")).removeprefix("paper.") if isinstance(result, dict) else ""
         if name not in EXPERIMENTS:
             continue

@@ -86,7 +86,8 @@ def memory(result: Result) -> Content:
     key = "percent_of_memory_with_tokens"
     return Content(
         [(svg, "Share of the KV memory that holds keys and values of tokens, while requests wait.")], table,
-        f"Reservations leave most of the memory empty ({rows['max'][key]:.0f} to {rows['oracle'][key]:.0f} % is used) even"
+        f"Reservations leave most of the memory empty ({rows['max'][key]:.0f} to "
+        f"{rows['oracle'][key]:.0f} % is used) even"
         f" when the length of every output is known beforehand; blocks fill {rows['paging'][key]:.0f} % of it.",
     )  # fmt: skip
 
@@ -101,7 +102,8 @@ def batching(result: Result) -> Content:
     return Content(
         [(svg, "Requests that run at once, the mean over steps in which others wait.")], table,
         f"In the same memory paging runs {gains['max'][0]:.1f} times as many requests at once as reserving the whole "
-        f"length (paper: {gains['max'][1]:.1f}) and {gains['oracle'][0]:.1f} times as many as reserving exactly what will "
+        f"length (paper: {gains['max'][1]:.1f}) and {gains['oracle'][0]:.1f} times as many as reserving "
+        "exactly what will "
         f"be needed (paper: {gains['oracle'][1]:.1f}).",
     )  # fmt: skip
 
@@ -149,10 +151,12 @@ def _check(result: Result) -> str:
         for row in result["validation"]
     ]
     return (
-        "The clock is virtual: the real scheduler plans every step, no model runs. On the fitted clock a step takes what "
+        "The clock is virtual: the real scheduler plans every step, no model runs. On the fitted clock "
+        "a step takes what "
         f"steps of the live engine ({result['shape']} shape) took on this machine; its latencies differ from those of "
         f"requests served live by {'; '.join(errors) or 'an amount that was not measured'}. The roofline clock is "
-        f"calculated, not measured: the least time in which the peak rates of an {result['roofline']['device']} allow a "
+        "calculated, not measured: the least time in which the peak rates of an "
+        f"{result['roofline']['device']} allow a "
         f"step of {result['roofline']['model']}, which the paper served on it."
     )
 
@@ -172,8 +176,10 @@ def _gains(result: Result, rows: Sequence[Result]) -> str:
 def rate(result: Result) -> Content:
     rows = [row for row in result["rows"] if row["method"] == "greedy"]
     plots, table = _rates(result, rows)
-    return Content(plots, table, f"{_gains(result, rows)} {_check(result)} Where a step takes as many times longer as it has "
-                   "more sequences (two cores), a larger batch gains little; where it waits for weights to be read (the "
+    return Content(plots, table, f"{_gains(result, rows)} {_check(result)} Where a step takes as many times longer as "
+                   "it has "
+                   "more sequences (two cores), a larger batch gains little; where it waits for weights to be read "
+                   "(the "
                    "paper's GPU), it gains nearly all of it.")  # fmt: skip
 
 
@@ -194,8 +200,8 @@ def samples(result: Result) -> Content:
             bars(f"paging's multiple, {clock} clock", [_name_of(row) for row in shown], series, unit="times the rate"),
             f"How many times the rate of a reservation paging sustains, {clock} clock, Alpaca-like lengths.",
         ))  # fmt: skip
-    return Content(plots, table, f"{_gains(result, rows)} {_check(result)} Samples and beams of a request share the blocks "
-                   "they have in common; a reservation is made for each of them.")  # fmt: skip
+    return Content(plots, table, f"{_gains(result, rows)} {_check(result)} Samples and beams of a request share "
+                   "the blocks they have in common; a reservation is made for each of them.")  # fmt: skip
 
 
 def sharing(result: Result) -> Content:
@@ -204,7 +210,8 @@ def sharing(result: Result) -> Content:
     saved = {(row["lengths"], row["method"], row["number"]): row["saved"] for row in rows}
     groups = list(dict.fromkeys(key[:2] for key in saved))
     names = [f"{method}\n{lengths}" for lengths, method in groups]
-    bands = {name: tuple(result["paper"][lengths][method]) for name, (lengths, method) in zip(names, groups, strict=True)}
+    ranges = [tuple(result["paper"][lengths][method]) for lengths, method in groups]
+    bands = dict(zip(names, ranges, strict=True))
     svg = bars(
         "blocks saved", names, {str(number): [saved.get((*group, number)) for group in groups] for number in numbers},
         unit="% of blocks", bands=bands, digits=0,
@@ -212,7 +219,8 @@ def sharing(result: Result) -> Content:
     table = Table(["model", "lengths", "method", "samples or beams", "% of blocks saved", "paper, 2 to 6"])
     for row in result["rows"]:
         low, high = result["paper"][row["lengths"]][row["method"]]
-        table.rows.append((row["model"], row["lengths"], row["method"], row["number"], row["saved"], f"{low} to {high}"))
+        paper = f"{low} to {high}"
+        table.rows.append((row["model"], row["lengths"], row["method"], row["number"], row["saved"], paper))
     told = []
     for lengths, method in groups:
         values = [saved[key] for key in saved if key[:2] == (lengths, method)]
@@ -285,7 +293,8 @@ def block_size(result: Result) -> Content:
 
 def preemption(result: Result) -> Content:
     alone = {
-        way: [(row["block_size"], row[f"{way}_ms"]["median"]) for row in result["alone"]] for way in ("swap", "recompute")
+        way: [(row["block_size"], row[f"{way}_ms"]["median"]) for row in result["alone"]]
+        for way in ("swap", "recompute")
     }
     whole: dict[str, list[tuple[float, float]]] = {}
     for row in result["end_to_end"]:
@@ -306,19 +315,25 @@ def preemption(result: Result) -> Content:
           f"{result['alone'][0]['num_tokens']} tokens copied out and in again, or computed again."),
          (lines("end to end", whole, y="tokens a second", **options), "The same requests with much preemption.")],
         table,
-        f"To compute the tokens again takes {min(ratios):.1f} to {max(ratios):.1f} times as long as to copy their blocks "
-        f"out and in again. The paper: {result['paper_says']}. On a CPU a swap is a copy within one memory, and cheaper "
+        f"To compute the tokens again takes {min(ratios):.1f} to {max(ratios):.1f} times as long as to "
+        "copy their blocks "
+        f"out and in again. The paper: {result['paper_says']}. On a CPU a swap is a copy within one "
+        "memory, and cheaper "
         "than over the link of a GPU.",
     )  # fmt: skip
 
 
 GATES = (
-    "A request begins when its policy has a piece of memory for it: the whole length of the model, the output rounded up "
-    "to a power of two, or exactly what it will need, which nobody knows beforehand. Pieces come from a buddy allocator, as "
-    "in the paper; ideally packed ones lose no room between them. Lengths are log-normal with the means of ShareGPT's chats."
+    "A request begins when its policy has a piece of memory for it: the whole length of the model, "
+    "the output rounded up "
+    "to a power of two, or exactly what it will need, which nobody knows beforehand. Pieces come "
+    "from a buddy allocator, as "
+    "in the paper; ideally packed ones lose no room between them. Lengths are log-normal with the "
+    "means of ShareGPT's chats."
 )
 RATE = (
-    "Requests arrive at random (Poisson); of each the time from arrival to its last token is divided by the length of its "
+    "Requests arrive at random (Poisson); of each the time from arrival to its last token is "
+    "divided by the length of its "
     "output, and the mean is told."
 )
 SECTIONS = (
