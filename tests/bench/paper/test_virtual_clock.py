@@ -66,10 +66,13 @@ def test_a_sustained_rate_lies_between_the_points_around_the_limit():
     assert sustained_rate(points, 20.0) is None
 
 
-def test_attention_in_blocks_and_in_one_piece_agree_and_their_times_are_compared(capsys):
+def test_attention_in_blocks_and_in_one_piece_agree(capsys):
     assert kernel.main(["--small"]) == 0
-    rows = [{"num_seqs": 1, "context": 16, "implementation": name, "is_paged": paged, "us_a_layer": us}
-            for name, paged, us in (("xla", True, 30.0), ("native_cpu", True, 12.0), ("dense", False, 10.0))]  # fmt: skip
+    times = (("xla", True, 30.0), ("native_cpu", True, 12.0), ("dense", False, 10.0))
+    rows = [
+        {"num_seqs": 1, "context": 16, "implementation": name, "is_paged": is_paged, "us_a_layer": us}
+        for name, is_paged, us in times
+    ]
     (told,) = kernel.overheads(rows)
     assert told["overhead"] == pytest.approx(0.2)
     assert told["overhead_of_the_same_kernel"] is None
