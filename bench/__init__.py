@@ -24,5 +24,10 @@ VERBS = {
     "paper-batching": ("bench.paper.batching", "requests at once in equal memory: paging against reservations"),
     "paper-sharing": ("bench.paper.sharing", "KV blocks saved by samples and beams"),
     "paper-prefix": ("bench.paper.prefix", "what a shared prefix is worth"),
+    "paper-rate": ("bench.paper.rate", "request rates at equal latency: paging against reservations"),
+    "paper-kernel": ("bench.paper.kernel", "attention over blocks against contiguous memory"),
+    "paper-block-size": ("bench.paper.block_size", "tokens a second by block size"),
+    "paper-preemption": ("bench.paper.preemption", "swapping against recomputing"),
+    "report": ("bench.paper.report", "the paper's experiments as one HTML file"),
 }
 """`jaxpaged bench NAME`: its module, whose `main(arguments)` runs it, and what it measures."""

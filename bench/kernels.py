@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def mapped(
 
 @dataclass
 class Contestant:
-    """One compiled layer, its caches, and the times it took."""
+    """One compiled layer and its caches."""
 
     name: str
     batch: Batch
@@ -99,7 +99,6 @@ class Contestant:
     caches: list[Any]
     compile_s: float
     output: Any
-    times_s: list[float] = field(default_factory=list)
 
 
 def enter(name: str, function: Callable[..., tuple[Any, Any]], batch: Batch, num_layers: int) -> Contestant:
@@ -173,11 +172,9 @@ def ceiling_s(case: BatchCase, bandwidth: float, matmul_rate: float) -> float:
     return max(num_bytes / bandwidth, flops / matmul_rate)
 
 
-def race(case: BatchCase, names: Sequence[str], *, num_layers: int, repeats: int) -> list[dict[str, Any]]:
-    """Interleaved layer by layer; times are of `num_layers` layers."""
-    entered = contestants(case, names, num_layers)
-    if not entered:
-        return []
+def time_in_turn(entered: Sequence[Contestant], *, num_layers: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of single layers by name, everybody's layer before anybody's next one."""
+    times: dict[str, list[float]] = {one.name: [] for one in entered}
     for _ in range(repeats):
         for index in range(num_layers):
             for one in entered:
@@ -187,15 +184,24 @@ def race(case: BatchCase, names: Sequence[str], *, num_layers: int, repeats: int
                     batch.query, batch.key, batch.value, one.caches[index], batch.metadata
                 )
                 jax.block_until_ready(output)
-                one.times_s.append(time.perf_counter() - start)
+                times[one.name].append(time.perf_counter() - start)
+    return times
+
+
+def race(case: BatchCase, names: Sequence[str], *, num_layers: int, repeats: int) -> list[dict[str, Any]]:
+    """Interleaved layer by layer; times are of `num_layers` layers."""
+    entered = contestants(case, names, num_layers)
+    if not entered:
+        return []
+    times = time_in_turn(entered, num_layers=num_layers, repeats=repeats)
     num_tokens = entered[0].batch.num_tokens
     truth = entered[-1].output[:num_tokens]
     return [
         {
             "case": case.name,
             "implementation": one.name,
-            "ms": statistics.median(one.times_s) * num_layers * 1e3,
-            "ms_min": min(one.times_s) * num_layers * 1e3,
+            "ms": statistics.median(times[one.name]) * num_layers * 1e3,
+            "ms_min": min(times[one.name]) * num_layers * 1e3,
             "compile_s": one.compile_s,
             "largest_difference": float(np.abs(one.output[:num_tokens] - truth).max()),
         }

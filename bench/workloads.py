@@ -7,6 +7,8 @@ import numpy as np
 
 MIN_LEN, MAX_LEN = 4, 512
 """Clip of prompt and output lengths; the two together fit a model of 1024 positions."""
+PAPER_MEANS = {"ShareGPT-like": (161, 338), "Alpaca-like": (19, 58)}
+"""Mean prompt and output lengths of the requests in the paper's evaluation (Kwon et al. 2023, figure 11)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,15 @@ def lognormal_lens(
         else:
             high = middle
     return [int(length) for length in np.clip(np.rint(high * shape), MIN_LEN, longest)]
+
+
+def paper_lens(
+    rng: np.random.Generator, num: int, lengths: str, *, longest: int = MAX_LEN
+) -> list[tuple[int, int]]:
+    """(prompt, output) lengths of `num` requests with the means that `lengths` names in PAPER_MEANS."""
+    prompt_mean, output_mean = PAPER_MEANS[lengths]
+    prompt_lens = lognormal_lens(rng, num, prompt_mean, longest=longest)
+    return list(zip(prompt_lens, lognormal_lens(rng, num, output_mean, longest=longest), strict=True))
 
 
 def sharegpt_like(

@@ -20,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.paper.command import describe, make_parser, parse_sized
+from bench.paper.live import serve
 from bench.paper.reservation import POLICIES, Policy, ReservationGate
-from bench.record import describe_run, note, write_result
+from bench.paper.virtual_clock import Arrival
+from bench.record import note, write_result
 from bench.shapes import SHAPES, write_model
 from bench.workloads import lognormal_lens
-from jaxpaged import LLM, SamplingParams
+from jaxpaged import LLM
 from jaxpaged.engine.engine import Engine
 
 MAX_MODEL_LEN = 2048
@@ -34,6 +37,8 @@ PAPER_REQUESTS = {"max": 7.0, "pow2": 9.8, "oracle": 13.6, "paging": 30.4}
 """Requests in a batch, OPT-13B on ShareGPT, figure 13."""
 PAPER_TOKENS = {"max": 20.4, "pow2": 26.8, "oracle": 38.2, "paging": 96.3}
 """Percent of KV memory that holds tokens, figure 2."""
+
+SMALL = {"num_requests": 60, "num_slots": 4096, "prompt_mean": 40, "output_mean": 30}
 
 
 @dataclass
@@ -52,20 +57,26 @@ class Watch:
                 sum(sequence.num_computed_tokens for group in engine.scheduler.groups for sequence in group.unfinished)
             )
 
+    def means(self, num_slots: int) -> dict[str, float]:
+        """Over the steps in which requests waited; ValueError where there was none."""
+        if not self.num_running:
+            raise ValueError("no request had to wait: give more requests, or fewer slots")
+        return {
+            "mean_running": statistics.mean(self.num_running),
+            "percent_of_memory_with_tokens": 100 * statistics.mean(self.num_tokens) / num_slots,
+        }
 
-def make_requests(args: argparse.Namespace, vocab_size: int) -> list[tuple[list[int], int]]:
-    """Prompts and output lengths."""
+
+def make_lens(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Prompt and output lengths."""
     rng = np.random.default_rng(args.seed)
     prompt_lens = lognormal_lens(rng, args.num_requests, args.prompt_mean, longest=LONGEST)
     output_lens = lognormal_lens(rng, args.num_requests, args.output_mean, longest=LONGEST)
-    return [
-        (rng.integers(3, vocab_size, prompt_len).tolist(), output_len)
-        for prompt_len, output_len in zip(prompt_lens, output_lens, strict=True)
-    ]
+    return list(zip(prompt_lens, output_lens, strict=True))
 
 
-def serve(
-    folder: Path, requests: Sequence[tuple[list[int], int]], policy: Policy | None, args: argparse.Namespace,
+def serve_all(
+    folder: Path, lens: Sequence[tuple[int, int]], policy: Policy | None, args: argparse.Namespace,
     *, has_buddies: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """All requests at time 0 under a policy (None: paging)."""
@@ -74,42 +85,31 @@ def serve(
         num_device_blocks=1 + args.num_slots // BLOCK_SIZE, enable_prefix_caching=False, preemption="recompute",
         show_progress=False,
     )  # fmt: skip
-    engine = llm.engine
+    gate = None
     if policy is not None:
-        engine.scheduler.gate = ReservationGate(
+        gate = ReservationGate(
             policy, num_slots=args.num_slots, max_model_len=MAX_MODEL_LEN, has_buddies=has_buddies
         )
-    for prompt, num_new_tokens in requests:
-        params = SamplingParams(temperature=0, max_tokens=num_new_tokens, ignore_eos=True, detokenize=False)
-        engine.add_request({"prompt_token_ids": prompt}, params)
-    watch, num_tokens = Watch(), 0
-    while engine.has_unfinished:
-        num_tokens += sum(len(output.outputs[0].token_ids) for output in engine.step() if output.finished)
-        watch.look(engine)
-    expected = sum(number for _, number in requests)
-    if num_tokens != expected:
-        raise RuntimeError(f"{num_tokens} tokens came instead of {expected}")
-    if not watch.num_running:
-        raise ValueError("no request had to wait: give more requests, or fewer slots")
+    watch = Watch()
+    told = serve(llm, [Arrival(0.0, *pair) for pair in lens], gate=gate, look=watch.look, seed=args.seed)
     return {
         "policy": policy or "paging",
         "has_buddies": has_buddies if policy else None,
-        "mean_running": statistics.mean(watch.num_running),
-        "percent_of_memory_with_tokens": 100 * statistics.mean(watch.num_tokens) / args.num_slots,
-        "num_steps": engine.stats().num_steps,
-        "num_preemptions": engine.stats().num_preemptions,
+        **watch.means(args.num_slots),
+        "num_steps": told["num_steps"],
+        "num_preemptions": told["num_preemptions"],
     }
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each policy with and without buddies, and for paging."""
     shape = replace(SHAPES["tiny"], max_position_embeddings=MAX_MODEL_LEN)
-    requests = make_requests(args, shape.vocab_size)
+    lens = make_lens(args)
     with tempfile.TemporaryDirectory(prefix="bench-batching-") as scratch:
         folder = write_model(shape, Path(scratch) / "model", seed=args.seed)
         rows = []
         for policy, has_buddies in [*((p, b) for b in (True, False) for p in POLICIES), (None, True)]:
-            rows.append(serve(folder, requests, policy, args, has_buddies=has_buddies))
+            rows.append(serve_all(folder, lens, policy, args, has_buddies=has_buddies))
             note(f"{rows[-1]['policy']}: {rows[-1]['mean_running']:.1f} requests in {rows[-1]['num_steps']} steps")
     return rows
 
@@ -131,16 +131,13 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.batching", description=description)
+    parser = make_parser("bench.paper.batching", __doc__)
     parser.add_argument("--num-requests", type=int, default=300)
     parser.add_argument("--num-slots", type=int, default=15_700, help="tokens whose keys and values fit in memory")
     parser.add_argument("--prompt-mean", type=float, default=161)
     parser.add_argument("--output-mean", type=float, default=338)
     parser.add_argument("--max-num-seqs", type=int, default=128, help="above what memory allows, so that it bounds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
-    args = parser.parse_args(argv)
+    args = parse_sized(parser, argv, SMALL)
     if args.num_requests < 1 or args.num_slots < MAX_MODEL_LEN:
         parser.error(f"--num-requests must be 1 or more, and --num-slots {MAX_MODEL_LEN} or more")
     return args
@@ -152,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows)
-    result: dict[str, Any] = describe_run("bench.paper.batching", arguments)
-    result |= {"num_requests": args.num_requests, "num_slots": args.num_slots, "seed": args.seed, "rows": rows}
+    result = describe("bench.paper.batching", arguments, args)
+    result |= {"num_requests": args.num_requests, "num_slots": args.num_slots, "rows": rows}
     result |= {"paper_requests": PAPER_REQUESTS, "paper_percent_of_memory_with_tokens": PAPER_TOKENS}
     write_result(result, args.output)
     return 0

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.record import describe_run, note, write_result
+from bench.paper.command import describe, make_parser, parse_sized
+from bench.record import note, write_result
 from bench.report import spread
 from bench.shapes import DTYPES, SHAPES, write_model
 from bench.workloads import lognormal_lens
@@ -33,6 +34,7 @@ from jaxpaged import LLM, SamplingParams
 
 PAPER_GAINS = {"one-shot": 1.67, "five-shot": 3.58, "chat": 2.0}
 """Of the paper's system over one without sharing (figures 16 and 17)."""
+SMALL = {"shape": "tiny", "num_requests": 4, "repeats": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +182,13 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.prefix", description=description)
+    parser = make_parser("bench.paper.prefix", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="110M")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--num-requests", type=int, default=64, help="chat: half as many conversations")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
-    args = parser.parse_args(argv)
+    args = parse_sized(parser, argv, SMALL)
     if args.num_requests < 2 or args.repeats < 1:
         parser.error("--num-requests must be 2 or more, and --repeats 1 or more")
     return args
@@ -201,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows)
-    result: dict[str, Any] = describe_run("bench.paper.prefix", arguments)
-    result |= {"shape": args.shape, "dtype": args.dtype, "num_requests": args.num_requests, "seed": args.seed}
+    result = describe("bench.paper.prefix", arguments, args)
+    result |= {"shape": args.shape, "dtype": args.dtype, "num_requests": args.num_requests}
     write_result(result | {"rows": rows}, args.output)
     return 0
 

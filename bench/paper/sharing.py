@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.record import describe_run, note, write_result
+from bench.paper.command import describe, make_parser, parse_sized
+from bench.record import note, write_result
 from bench.shapes import SHAPES, write_model
 from bench.workloads import lognormal_lens
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
 
 MAX_MODEL_LEN = 1024
 LONGEST_PROMPT = 336
+SMALL = {"numbers": [2], "lengths": ["Alpaca-like"], "num_requests": 2, "num_requests_at_once": 2}
 METHODS = ("parallel sampling", "beam search")
 
 
@@ -131,8 +133,7 @@ def print_report(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> None
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.sharing", description=description)
+    parser = make_parser("bench.paper.sharing", __doc__)
     parser.add_argument("--numbers", type=int, nargs="+", default=[2, 4, 6], help="samples, or beams, of a request")
     parser.add_argument("--lengths", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--num-requests", type=int, default=64)
@@ -140,9 +141,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--sigma", type=float, default=1.0, help="deviation of the lengths' logarithms")
     parser.add_argument("--random-shape", choices=sorted(SHAPES), help="also a model with random weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
-    args = parser.parse_args(argv)
+    args = parse_sized(parser, argv, SMALL)
     if min(args.num_requests, args.num_requests_at_once, *args.numbers) < 1:
         parser.error("numbers must be 1 or more")
     return args
@@ -154,10 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     rows = measure(args)
     print_report(rows, args.numbers)
-    result: dict[str, Any] = describe_run("bench.paper.sharing", arguments)
+    result = describe("bench.paper.sharing", arguments, args)
     result |= {
-        "block_size": args.block_size, "num_requests": args.num_requests, "sigma": args.sigma, "seed": args.seed,
-        "rows": rows,
+        "block_size": args.block_size, "num_requests": args.num_requests, "sigma": args.sigma, "rows": rows,
         "paper": {name: lengths.paper for name, lengths in LENGTHS.items()},
     }  # fmt: skip
     write_result(result, args.output)
