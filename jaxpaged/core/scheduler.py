@@ -179,10 +179,9 @@ class Scheduler:
         manager, running = self.block_manager, self._running
         has_windows = manager.has_windows
         is_form_pending: bool | None = None
-        index = 0
-        while index < len(running) and step.num_tokens_left:
-            group = running[index]
-            index += 1
+        for group in running:
+            if not step.num_tokens_left:
+                return
             if group.is_forked and group.request.params.structured_outputs is not None:
                 # those that follow a form step all at once: in two halves that take turns, each token would take
                 # two steps of half the size
@@ -196,7 +195,7 @@ class Scheduler:
             if has_windows:
                 for item in items:
                     manager.leave(item.sequence, item.start)
-            # everything behind `index` is not scheduled yet in this step: the last of them gives way first
+            # everything behind the group is not scheduled yet in this step: the last of them gives way first
             num_blocks = manager.num_blocks_to_append(items)
             while num_blocks and num_blocks > manager.num_free_blocks:
                 victim = running.pop_last()
@@ -215,7 +214,7 @@ class Scheduler:
     def _resume_swapped(self, step: StepPlan) -> None:
         manager = self.block_manager
         while self._swapped and step.num_tokens_left:
-            group = self._swapped[0]
+            group = self._swapped.first
             if self._is_awaited(group) or not self._has_rows(group):
                 return
             items = self._plan_group(group, step)
@@ -234,7 +233,7 @@ class Scheduler:
         """Admit waiting groups while nobody is swapped out: those have been running before."""
         manager = self.block_manager
         while self._waiting and not self._swapped and step.num_tokens_left:
-            group = self._waiting[0]
+            group = self._waiting.first
             if self._is_awaited(group) or not self._has_rows(group):
                 return
             leader, *members = group.unfinished
