@@ -15,6 +15,7 @@ VERBS = {
     "load": ("bench.load", "loading a checkpoint against reading its files"),
     "swap": ("bench.swap", "swapping KV blocks to host memory and back"),
     "serving": ("bench.serving", "tokens a second over HTTP beside the offline engine, and how soon it is ready"),
+    "host-scale": ("bench.host_scale", "the host's step and memory as pool, queue and crowd grow, without a device"),
     "host-time": ("bench.host_time", "what the host does in a step, without a device"),
     "paper-batching": ("bench.paper.batching", "requests at once in equal memory: paging against reservations"),
     "paper-sharing": ("bench.paper.sharing", "KV blocks saved by samples and beams"),

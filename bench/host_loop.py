@@ -1,4 +1,4 @@
-"""The host's loop without a device: the real scheduler, block manager and input batch, one step ahead, timed by part."""
+"""The host's loop without a device: the real scheduler, block manager and input batch, one step ahead, by part."""
 
 import gc
 import time
@@ -100,8 +100,19 @@ class HostLoop:
             order=order,
         )
         self.max_model_len = max_model_len
+        self._tokens = tuple(range(4, 4 + max_model_len))
         self.last_plan: SchedulerOutput | None = None
         self._num_added = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row decoded in the last step."""
+        plan = self.last_plan
+        return (
+            plan is not None
+            and len(plan.scheduled) == self.scheduler.limits.max_num_seqs
+            and all(item.num_new_tokens == 1 for item in plan.scheduled)
+        )
 
     def make_request(self, context_len: int, max_tokens: int | None = None, priority: int = 0) -> Request:
         """A request whose prompt of `context_len` tokens shares no block with another's."""
@@ -109,7 +120,7 @@ class HostLoop:
         max_tokens = self.max_model_len - context_len if max_tokens is None else max_tokens
         return Request(
             request_id=str(index),
-            prompt_token_ids=(3 + index, *range(4, 3 + context_len)),
+            prompt_token_ids=(3 + index, *self._tokens[: context_len - 1]),
             params=SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False),
             max_tokens=max_tokens,
             arrival_index=index,
