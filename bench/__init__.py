@@ -6,6 +6,7 @@ Read first: `bench.workloads.BenchRequest`, then `bench.offline`.
 
 VERBS = {
     "throughput": ("bench.offline", "tokens a second of many requests, and of one, beside transformers"),
+    "peers": ("bench.side_by_side", "tokens a second beside transformers, llama.cpp, vLLM and any OpenAI server"),
     "steps": ("bench.steps", "milliseconds of decode and prefill steps"),
     "kernels": ("bench.kernels", "paged attention against its reference, its peers and the machine's ceilings"),
     "llama8b": ("bench.llama8b", "tokens a second of an 8B Llama on one accelerator"),
