@@ -11,79 +11,30 @@ batching. Each engine is a process of its own; runs are interleaved; a first run
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.contest import (
+    SINGLE_OUTPUT_LEN,
+    SINGLE_PROMPT_LEN,
+    TRANSFORMERS_ALONE,
+    Contestant,
+    continuous_names,
+    load_contestant,
+    load_engine,
+    play,
+    static_names,
+    transformers_configs,
+    warm_up_engine,
+)
 from bench.record import describe_run, note, write_result
 from bench.report import batch_1_result, print_report, throughput_result
 from bench.shapes import DTYPES, SHAPES, LlamaShape, write_model
 from bench.worker import Worker, WorkerError
-from bench.workloads import BenchRequest, sharegpt_like, static_batches
-
-STATIC_BATCH_SIZES = (8, 16, 32, 64)
-CONTINUOUS_BATCH_TOKENS = (256, 1024)
-"""Token budgets a step of continuous batching; the best counts."""
-SINGLE_PROMPT_LEN, SINGLE_OUTPUT_LEN = 160, 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerConfig:
-    """One way to run the peer: a call of its worker and the arguments beyond the requests."""
-
-    name: str
-    call: str
-    arguments: dict[str, Any]
-
-
-def static_names(num_requests: int) -> dict[str, tuple[int, bool]]:
-    """Batch size, and whether sorted, of each static configuration: both orders, one where a batch holds all."""
-    return {
-        f"static-{size}-{'sorted' if is_sorted else 'arrival'}": (size, is_sorted)
-        for size in STATIC_BATCH_SIZES
-        for is_sorted in ((False, True) if size < num_requests else (False,))
-    }
-
-
-def continuous_names() -> dict[str, int]:
-    """Tokens a step of each continuous configuration."""
-    return {f"continuous-{num_tokens}": num_tokens for num_tokens in CONTINUOUS_BATCH_TOKENS}
-
-
-def peer_configs(requests: Sequence[BenchRequest]) -> list[PeerConfig]:
-    """Every static configuration, and continuous batching."""
-    configs = []
-    for name, (batch_size, is_sorted) in static_names(len(requests)).items():
-        batches = static_batches(requests, batch_size, is_sorted=is_sorted)
-        configs.append(PeerConfig(name=name, call="static", arguments={"batches": batches}))
-    for name, num_tokens in continuous_names().items():
-        configs.append(PeerConfig(name=name, call="continuous", arguments={"max_batch_tokens": num_tokens}))
-    return configs
-
-
-def checked(requests: Sequence[BenchRequest], reply: dict[str, Any]) -> dict[str, Any]:
-    """The reply with its throughput; ValueError unless every request got exactly the tokens it asked for."""
-    for index, (request, ids) in enumerate(zip(requests, reply["token_ids"], strict=True)):
-        if len(ids) != request.max_tokens:
-            raise ValueError(f"request {index} got {len(ids)} tokens instead of {request.max_tokens}: not comparable")
-    return reply | {"tokens_per_s": sum(request.max_tokens for request in requests) / reply["elapsed_s"]}
-
-
-def as_arguments(requests: Sequence[BenchRequest]) -> dict[str, Any]:
-    return {
-        "prompts": [list(request.prompt_token_ids) for request in requests],
-        "max_tokens": [request.max_tokens for request in requests],
-    }
-
-
-def decode_rate(run: Callable[[list[BenchRequest]], dict[str, Any]], prompt: tuple[int, ...]) -> float:
-    """Tokens a second of one sequence, its prefill taken out: the time of N + 1 tokens less the time of one."""
-    one = run([BenchRequest(prompt_token_ids=prompt, max_tokens=1)])["elapsed_s"]
-    many = run([BenchRequest(prompt_token_ids=prompt, max_tokens=SINGLE_OUTPUT_LEN + 1)])["elapsed_s"]
-    return SINGLE_OUTPUT_LEN / (many - one)
+from bench.workloads import sharegpt_like
 
 
 class Contest:
@@ -106,64 +57,36 @@ class Contest:
         options = {"max_num_seqs": args.max_num_seqs, "max_model_len": shape.max_position_embeddings}
         if args.max_num_batched_tokens is not None:
             options["max_num_batched_tokens"] = args.max_num_batched_tokens
-        self.engine = stack.enter_context(Worker(sys.executable, "bench.engine_worker", folder / "engine.log"))
-        self.engine_facts = self.engine.call("load", **model, options=options)
-        self.configs: list[PeerConfig] = []
-        self.peer: Worker | None = None
-        self.peer_facts: dict[str, Any] = {}
+        self.engine = load_engine(sys.executable, folder / "engine.log", stack, **model, options=options)
+        self.peers: list[Contestant] = []
         self.peer_skipped: str | None = None
+        configs = [
+            config for config in transformers_configs(self.peer_requests)
+            if not args.configs or config.name in args.configs
+        ]  # fmt: skip
         try:
-            peer = stack.enter_context(Worker(args.peer_python, "bench.peers.transformers_peer", folder / "peer.log"))
-            self.peer_facts = peer.call("load", **model, options={})
+            peer = load_contestant(
+                "transformers", args.peer_python, "bench.peers.transformers_peer", folder / "peer.log", stack,
+                configs=configs, single=TRANSFORMERS_ALONE, **model, options={},
+            )  # fmt: skip
         except WorkerError as error:
             self.peer_skipped = str(error)
             note(f"[{shape.name}] the peer is skipped: {self.peer_skipped}")
         else:
-            self.peer = peer
-            self.configs = [c for c in peer_configs(self.peer_requests) if not args.configs or c.name in args.configs]
-
-    def run_engine(self, requests: Sequence[BenchRequest]) -> dict[str, Any]:
-        return checked(requests, self.engine.call("generate", **as_arguments(requests)))
-
-    def run_peer(self, config: PeerConfig, requests: Sequence[BenchRequest]) -> dict[str, Any]:
-        assert self.peer is not None
-        return checked(requests, self.peer.call(config.call, **as_arguments(requests), **config.arguments))
-
-    def engine_decode_rate(self) -> float:
-        return decode_rate(self.run_engine, self.single_prompt)
-
-    def peer_decode_rate(self) -> float:
-        alone = PeerConfig(name="single", call="static", arguments={"batches": [[0]]})
-        return decode_rate(lambda requests: self.run_peer(alone, requests), self.single_prompt)
+            self.peers = [peer]
 
     def warm_up(self) -> float:
-        """Seconds of the engine's first runs, which compile what the workload reaches. The peer, which compiles
-
-        nothing, does two tokens of every request in every configuration.
-        """
-        start = time.perf_counter()
-        self.run_engine(self.requests)
-        self.engine_decode_rate()
-        warm_up_s = time.perf_counter() - start
-        note(f"[{self.name}] jaxpaged: loaded in {self.engine_facts['load_s']:.1f} s, first runs {warm_up_s:.1f} s")
-        short = [replace(request, max_tokens=2) for request in self.peer_requests]
-        for config in self.configs:
-            self.run_peer(config, short)
+        """Seconds of the engine's first runs; the peer does two tokens of every request in every configuration."""
+        warm_up_s = warm_up_engine(self.engine, self.requests, self.single_prompt)
+        note(f"[{self.name}] jaxpaged: loaded in {self.engine.facts['load_s']:.1f} s, first runs {warm_up_s:.1f} s")
+        for peer in self.peers:
+            peer.warm_up(self.peer_requests)
         return warm_up_s
 
     def play(self, repeats: int) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-        """Replies of the engine and of each peer configuration: engine, peer, engine, next peer, ... in every round."""
-        engine_runs: list[dict[str, Any]] = []
-        peer_runs: dict[str, list[dict[str, Any]]] = {config.name: [] for config in self.configs}
-        for round_number in range(1, repeats + 1):
-            configs: Sequence[PeerConfig | None] = self.configs or [None]
-            for config in configs:
-                engine_runs.append(self.run_engine(self.requests))
-                self._say(round_number, "jaxpaged", engine_runs[-1])
-                if config is not None:
-                    peer_runs[config.name].append(self.run_peer(config, self.peer_requests))
-                    self._say(round_number, config.name, peer_runs[config.name][-1])
-        return engine_runs, peer_runs
+        """Replies of the engine and of each peer configuration, in turn."""
+        engine_runs, peer_runs = play(self.engine, self.peers, self.requests, self.peer_requests, repeats)
+        return engine_runs, {config: runs for (_, config), runs in peer_runs.items()}
 
     def play_single(self, repeats: int, ceilings: Worker) -> tuple[list[float], list[float], list[float]]:
         """Decode rates of one sequence alone, engine and peer in turn, and the memory bandwidth around the engine's.
@@ -174,15 +97,11 @@ class Contest:
         peer_rates: list[float] = []
         bandwidths: list[float] = [ceilings.call("bandwidth")]
         for _ in range(repeats):
-            rates.append(self.engine_decode_rate())
+            rates.append(self.engine.decode_rate(self.single_prompt))
             bandwidths.append(ceilings.call("bandwidth"))
-            if self.peer is not None:
-                peer_rates.append(self.peer_decode_rate())
+            peer_rates += [peer.decode_rate(self.single_prompt) for peer in self.peers]
         note(f"[{self.name}] batch 1: {rates} and {peer_rates} tokens/s")
         return rates, peer_rates, bandwidths
-
-    def _say(self, round_number: int, who: str, reply: dict[str, Any]) -> None:
-        note(f"[{self.name}] round {round_number}, {who}: {reply['tokens_per_s']:.1f} tokens/s")
 
 
 def measure_shape(shape: LlamaShape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -197,9 +116,11 @@ def measure_shape(shape: LlamaShape, args: argparse.Namespace, folder: Path) -> 
         # the best of before and after: a ceiling measured in a slow moment would flatter
         measured.append(ceilings.call("measure"))
         best = {name: max(measurement[name] for measurement in measured) for name in measured[0]}
-        engine = {**contest.engine_facts, "warm_up_s": warm_up_s, **contest.engine.call("finish")}
-        peer = {**contest.peer_facts, **contest.peer.call("finish")} if contest.peer is not None else None
-        versions = {**contest.engine.versions, **(contest.peer.versions if contest.peer is not None else {})}
+        engine = {**contest.engine.facts, "warm_up_s": warm_up_s, **contest.engine.worker.call("finish")}
+        peer = next(({**each.facts, **each.worker.call("finish")} for each in contest.peers), None)
+        versions = dict(contest.engine.worker.versions)
+        for each in contest.peers:
+            versions |= each.worker.versions
     return {
         "shape": asdict(shape) | {"num_params": shape.num_params},
         "versions": versions,

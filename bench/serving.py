@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.offline import as_arguments
+from bench.contest import as_arguments
 from bench.record import describe_run, note, write_result
 from bench.shapes import DTYPES, SHAPES, LlamaShape, write_model
 from bench.worker import PROJECT_ROOT, Worker

@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence as TokenSequence
 
+from jaxpaged.core.request import TOKEN_TYPE
 from jaxpaged.core.table_layout import TableLayout
 
 
@@ -14,7 +15,7 @@ def root_key(cache_salt: str) -> bytes:
 
 def chain_key(parent: bytes, tokens: TokenSequence[int]) -> bytes:
     """The key of a full block: of its tokens and, through `parent`, of everything before them."""
-    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
+    return hashlib.blake2b(parent + array(TOKEN_TYPE, tokens).tobytes(), digest_size=32).digest()
 
 
 def group_key(key: bytes, group: int) -> bytes:

@@ -1,10 +1,14 @@
 """A request and the sequences it makes: the data that engine, scheduler, block manager and runner share."""
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxpaged.sampling_params import SamplingParams
+
+TOKEN_TYPE = "i"
+"""Type code of arrays of token ids: 4 bytes a token, and nothing in them for the garbage collector to walk."""
 
 
 class SequenceStatus(enum.Enum):
@@ -88,8 +92,8 @@ class Sequence:
     sequence_id: int
     request: Request
     sample_index: int
-    token_ids: list[int]
-    """Prompt and output tokens that the host knows."""
+    token_ids: "array[int]"
+    """Prompt and output tokens that the host knows (`TOKEN_TYPE`)."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache once every dispatched step has run."""
     num_pending_tokens: int = 0
@@ -124,7 +128,7 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.request.num_prompt_tokens:]
+        return self.token_ids[self.request.num_prompt_tokens:].tolist()
 
     @property
     def is_finished(self) -> bool:

@@ -178,17 +178,16 @@ class Scheduler:
     def _schedule_running(self, step: StepPlan) -> None:
         manager, running = self.block_manager, self._running
         has_windows = manager.has_windows
-        index = 0
-        while index < len(running) and step.num_tokens_left:
-            group = running[index]
-            index += 1
+        for group in running:
+            if not step.num_tokens_left:
+                return
             items = self._plan_group(group, step)
             if not items:
                 continue
             if has_windows:
                 for item in items:
                     manager.leave(item.sequence, item.start)
-            # everything behind `index` is not scheduled yet in this step: the last of them gives way first
+            # everything behind the group is not scheduled yet in this step: the last of them gives way first
             num_blocks = manager.num_blocks_to_append(items)
             while num_blocks and num_blocks > manager.num_free_blocks:
                 victim = running.pop_last()
@@ -201,7 +200,7 @@ class Scheduler:
     def _resume_swapped(self, step: StepPlan) -> None:
         manager = self.block_manager
         while self._swapped and step.num_tokens_left:
-            group = self._swapped[0]
+            group = self._swapped.first
             if self._is_awaited(group) or not self._has_rows(group):
                 return
             items = self._plan_group(group, step)
@@ -220,7 +219,7 @@ class Scheduler:
         """Admit waiting groups while nobody is swapped out: those have been running before."""
         manager = self.block_manager
         while self._waiting and not self._swapped and step.num_tokens_left:
-            group = self._waiting[0]
+            group = self._waiting.first
             if self._is_awaited(group) or not self._has_rows(group):
                 return
             leader, *members = group.unfinished

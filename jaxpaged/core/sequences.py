@@ -2,9 +2,10 @@
 
 import heapq
 import itertools
+from array import array
 
 from jaxpaged.core.block_manager import BlockManager
-from jaxpaged.core.request import Request, Sequence, SequenceStatus
+from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence, SequenceStatus
 
 
 class Sequences:
@@ -18,12 +19,12 @@ class Sequences:
 
     def create(self, request: Request) -> Sequence:
         """The first sequence of a request, without blocks."""
-        return Sequence(next(self._ids), request, 0, list(request.prompt_token_ids))
+        return Sequence(next(self._ids), request, 0, array(TOKEN_TYPE, request.prompt_token_ids))
 
     def create_ended(self, request: Request, sample_index: int, token_ids: tuple[int, ...]) -> Sequence:
         """One that never ran: it holds nothing, and is finished."""
         status = SequenceStatus.FINISHED
-        return Sequence(next(self._ids), request, sample_index, list(token_ids), status=status)
+        return Sequence(next(self._ids), request, sample_index, array(TOKEN_TYPE, token_ids), status=status)
 
     def fork(self, parent: Sequence, sample_index: int) -> Sequence:
         """A sequence with the parent's tokens and blocks, in the memory the parent is in."""
@@ -31,7 +32,7 @@ class Sequences:
             sequence_id=next(self._ids),
             request=parent.request,
             sample_index=sample_index,
-            token_ids=list(parent.token_ids),
+            token_ids=parent.token_ids[:],
             num_computed_tokens=parent.num_computed_tokens,
             status=parent.status,
             num_preemptions=parent.num_preemptions,

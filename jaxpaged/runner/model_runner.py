@@ -1,6 +1,7 @@
 """Carries a plan out on the device: swaps, copies, then one jitted step of model and sampler."""
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.core.request import Request, Sequence
+from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence
 from jaxpaged.core.scheduler_output import (
     Candidate,
     RunnerOutput,
@@ -286,8 +287,8 @@ class ModelRunner:
             return InFlight(plan, None, None)
         arrays = self._start_samplers(begun.outputs, batch, self._edits(begun, batch, make_masks))
         arrays.tokens_and_status.copy_to_host_async()
-        for array in (*(arrays.logprobs if batch.has_logprobs else ()), *arrays.candidates):
-            array.copy_to_host_async()
+        for small in (*(arrays.logprobs if batch.has_logprobs else ()), *arrays.candidates):
+            small.copy_to_host_async()
         return InFlight(plan, batch, arrays, self.processors)
 
     def dispatch(self, plan: SchedulerOutput, batch: BuiltBatch | None) -> InFlight:
@@ -436,7 +437,7 @@ class ModelRunner:
             request = Request(
                 request_id="", prompt_token_ids=(0,) * length, params=params, max_tokens=1
             )
-            sequence = Sequence(0, request, 0, [0] * length)
+            sequence = Sequence(0, request, 0, array(TOKEN_TYPE, [0] * length))
             sequence.block_ids = [0] * tables.block_tables.shape[1]
             sequence.row = tables.num_rows
             tables.claim(tables.num_rows, sequence)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from bench.offline import as_arguments, checked, decode_rate, parse, peer_configs
+from bench.contest import as_arguments, checked, decode_rate, transformers_configs
+from bench.offline import parse
 from bench.report import agreement, batch_1_result, throughput_result
 from bench.shapes import SHAPES, LlamaShape, write_model
 from bench.workloads import BenchRequest, sharegpt_like
@@ -88,7 +89,7 @@ def test_decode_rate_takes_the_prefill_out():
 
 def test_every_static_batch_size_is_played_in_both_orders():
     requests = sharegpt_like(vocab_size=SHAPES["tiny"].vocab_size)
-    assert [config.name for config in peer_configs(requests)] == [
+    assert [config.name for config in transformers_configs(requests)] == [
         "static-8-arrival", "static-8-sorted", "static-16-arrival", "static-16-sorted",
         "static-32-arrival", "static-32-sorted", "static-64-arrival", "continuous-256", "continuous-1024",
     ]

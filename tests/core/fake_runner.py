@@ -177,7 +177,7 @@ class FakeRunner:
         history = held[2]
         if sequence.request.beams is not None:
             history[:] = sequence.token_ids  # what is chosen for a beam the device does not know
-        assert history[: len(sequence.token_ids)] == sequence.token_ids
+        assert history[: len(sequence.token_ids)] == list(sequence.token_ids)
         return history
 
     def sample(

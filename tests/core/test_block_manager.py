@@ -1,8 +1,10 @@
+from array import array
+
 import pytest
 from core.fake_runner import make_request
 
 from jaxpaged.core.block_manager import BlockManager
-from jaxpaged.core.request import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.core.request import TOKEN_TYPE, Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.core.scheduler_output import ScheduledSequence
 
 
@@ -12,7 +14,7 @@ def make_manager(num_device_blocks=10, num_host_blocks=10, **options):
 
 def running(sequence_id, tokens, **options):
     request = make_request(f"r{sequence_id}", tokens, **options)
-    return Sequence(sequence_id, request, 0, list(tokens), status=SequenceStatus.RUNNING)
+    return Sequence(sequence_id, request, 0, array(TOKEN_TYPE, tokens), status=SequenceStatus.RUNNING)
 
 
 def compute(manager, sequence, num_tokens):

@@ -9,7 +9,7 @@ def test_the_null_block_is_never_given_out():
     assert (pool.num_free, pool.num_referenced, pool.num_usable) == (0, 3, 3)
     with pytest.raises(ValueError, match="all 3 blocks"):
         pool.allocate()
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="null block cannot be held"):
         pool.share(0)
 
 
@@ -52,3 +52,19 @@ def test_the_audit_names_a_block_nobody_holds():
 def test_a_pool_without_a_null_block_is_refused():
     with pytest.raises(ValueError, match="num_blocks=0"):
         BlockPool(0)
+
+
+def test_the_audit_names_the_break_of_a_free_list():
+    pool = BlockPool(5)
+    pool._next[2] = 4
+    with pytest.raises(RuntimeError, match="free list is broken behind block 2"):
+        pool.check({})
+
+
+def test_any_free_block_may_be_shared_and_the_others_keep_their_order():
+    pool = BlockPool(8)
+    for block in (1, 4, 7):  # both ends and the middle
+        pool.share(block)
+    pool.release(4)
+    pool.check({1: 1, 7: 1})
+    assert [pool.allocate() for _ in range(5)] == [2, 3, 5, 6, 4]

@@ -1,14 +1,17 @@
+from array import array
+
 from core.fake_runner import make_request
 
 from jaxpaged.core.block_manager import BlockManager
 from jaxpaged.core.preemption import PreemptionCosts, is_to_swap
-from jaxpaged.core.request import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.core.request import TOKEN_TYPE, Sequence, SequenceGroup, SequenceStatus
 
 
 def test_auto_weighs_two_copies_of_each_distinct_block_against_each_distinct_token():
     manager = BlockManager(num_device_blocks=9, num_host_blocks=9, block_size=4)
     request = make_request("r", range(5), n=2)
-    parent, child = (Sequence(i, request, i, list(range(6)), status=SequenceStatus.RUNNING) for i in range(2))
+    tokens = array(TOKEN_TYPE, range(6))
+    parent, child = (Sequence(i, request, i, tokens[:], status=SequenceStatus.RUNNING) for i in range(2))
     manager.append(parent, 0, 5)
     manager.fork(parent, child)
     parent.num_computed_tokens = child.num_computed_tokens = 5

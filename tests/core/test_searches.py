@@ -31,7 +31,7 @@ def scheduler_of_two_beams(**options):
 def test_blocks_of_a_dropped_beam_can_be_found():
     scheduler, group, second = scheduler_of_two_beams()
     scheduler.update(second, results(second, [(7, -0.1), (8, -0.2)], [(9, -5.0)]))
-    assert [sequence.token_ids for sequence in group.sequences] == [[1, 2, 3, 4, 7], [1, 2, 3, 4, 8]]
+    assert [list(sequence.token_ids) for sequence in group.sequences] == [[1, 2, 3, 4, 7], [1, 2, 3, 4, 8]]
     newcomer = scheduler.add(make_request("r", [1, 2, 3, 5, 9]))
     scheduler.schedule()
     assert newcomer.num_cached_tokens == 4
@@ -42,7 +42,7 @@ def test_a_beam_without_a_continuation_dies_alone():
     """Every token may be banned for one beam while others go on."""
     scheduler, group, second = scheduler_of_two_beams()
     scheduler.update(second, results(second, [(7, -float("inf")), (8, -float("inf"))], [(9, -5.0), (6, -5.5)]))
-    assert [sequence.token_ids for sequence in group.sequences] == [[1, 2, 3, 5, 9], [1, 2, 3, 5, 6]]
+    assert [list(sequence.token_ids) for sequence in group.sequences] == [[1, 2, 3, 5, 9], [1, 2, 3, 5, 6]]
     scheduler.check()
 
 

@@ -1,8 +1,10 @@
+from array import array
+
 import pytest
 from core.fake_runner import make_request
 
 from jaxpaged.core.admission import SchedulerLimits
-from jaxpaged.core.request import Sequence
+from jaxpaged.core.request import TOKEN_TYPE, Sequence
 from jaxpaged.core.step_plan import num_logit_rows, plan_sequence
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 32, "max_num_logits": 8}
@@ -14,7 +16,7 @@ def plan(sequence, start, *, num_samples=1, num_tokens=64, num_logits=64, **opti
 
 
 def prompt_of(num_tokens, **options):
-    return Sequence(0, make_request("r", range(num_tokens), **options), 0, list(range(num_tokens)))
+    return Sequence(0, make_request("r", range(num_tokens), **options), 0, array(TOKEN_TYPE, range(num_tokens)))
 
 
 def test_a_chunk_samples_only_where_it_reaches_the_end():

@@ -1,9 +1,11 @@
 """The packed step: fields worked out by hand, and nothing of a former owner in a row."""
 
+from array import array
+
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.core.request import Request, Sequence
+from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence
 from jaxpaged.core.scheduler_output import ScheduledSequence
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import (
@@ -24,7 +26,7 @@ GREEDY = SamplingParams(temperature=0)
 def sequence(tables, row, tokens, blocks, params=GREEDY, num_prompt=None, **facts):
     prompt = tuple(tokens[:num_prompt])
     request = Request(request_id=str(row), prompt_token_ids=prompt, params=params, max_tokens=9, **facts)
-    made = Sequence(row, request, 0, list(tokens))
+    made = Sequence(row, request, 0, array(TOKEN_TYPE, tokens))
     made.row, made.block_ids = row, blocks
     tables.claim(row, made)
     return made
@@ -122,7 +124,7 @@ def test_a_row_is_loaded_for_lists_and_cleared_of_a_former_owners():
 
     def claimed(params, epoch=0):
         request = Request(request_id="", prompt_token_ids=(1,), params=params, max_tokens=9)
-        made = Sequence(0, request, 0, [1], epoch=epoch)
+        made = Sequence(0, request, 0, array(TOKEN_TYPE, [1]), epoch=epoch)
         return made, tables.claim(0, made)
 
     assert not claimed(GREEDY)[1]

@@ -1,11 +1,12 @@
 """The baselines of the paper's evaluation: pieces never overlap, come back whole, and decide who may run."""
 
 import random
+from array import array
 
 import pytest
 
 from bench.paper.reservation import BuddyAllocator, IdealAllocator, ReservationGate, reserved_tokens
-from jaxpaged.core.request import Request, Sequence, SequenceGroup
+from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
 
 
@@ -16,7 +17,7 @@ def request_of(num_prompt: int, max_tokens: int, n: int = 1, name: str = "a") ->
 
 def group_of(*arguments: int, name: str = "a") -> SequenceGroup:
     request = request_of(*arguments, name=name)
-    return SequenceGroup(request, [Sequence(0, request, 0, list(request.prompt_token_ids))])
+    return SequenceGroup(request, [Sequence(0, request, 0, array(TOKEN_TYPE, request.prompt_token_ids))])
 
 
 def test_each_policy_reserves_what_the_paper_says():
