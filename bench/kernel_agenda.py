@@ -63,6 +63,17 @@ class Job:
             return misfits(find(self.implementation), shape)
 
 
+def time_case(
+    case: DeviceCase, implementation: str, *, num_layers: int, repeats: int
+) -> tuple[list[float], float]:
+    """Milliseconds a layer in each repeat, and the seconds that compiling took; raises what the implementation does."""
+    make = PEERS.get(implementation) or partial(ours, implementation)
+    # the code of others counts on numpy's promotion
+    promotion = "standard" if implementation in PEERS else "strict"
+    with jax.numpy_dtype_promotion(promotion), interpreting(implementation):
+        return times_ms(make(case, num_layers), num_layers, repeats)
+
+
 def agenda(
     names: Sequence[str], cases: Sequence[DeviceCase], checks: Sequence[BatchCase], picked: str
 ) -> list[Job]:
@@ -164,10 +175,7 @@ class Run:
             self._not_timed(job, reason)
             return
         try:
-            make = PEERS.get(job.implementation) or partial(ours, job.implementation)
-            # the code of others counts on numpy's promotion
-            with jax.numpy_dtype_promotion("standard" if is_peer else "strict"), interpreting(job.implementation):
-                timed = times_ms(make(job.case, self.num_layers), self.num_layers, self.repeats)
+            timed = time_case(job.case, job.implementation, num_layers=self.num_layers, repeats=self.repeats)
         except Exception as failure:  # whatever a peer raises is why it has no time
             reason = self._told(failure)
             self._not_timed(job, reason) if is_peer else self._fail(job, reason)

@@ -5,7 +5,7 @@ On a CPU the contiguous contestants are: the compiled kernel with one block a se
 differs; and two attentions as frameworks with contiguous caches write them in XLA, one batched product over all
 sequences (`dense`, on equal lengths, its best case) and one sequence after the other (`dense, in turn`). All write the
 new token's key and value, and give the same output, or the bench ends in an error. Each layer has a cache of its own,
-so that none is still in the processor's caches. On an accelerator `device_kernels.py` times our kernels, JAX's paged
+so that none is still in the processor's caches. On an accelerator `kernel_agenda.py` times our kernels, JAX's paged
 ones and `jax.nn.dot_product_attention` on contiguous keys and values.
 
     python -m bench.paper.kernel --output bench/results/kernel.json
@@ -23,12 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bench import device_kernels
-from bench.kernels import Contestant, device_names, enter, time_in_turn
+from bench.device_cases import DTYPE, DeviceCase
+from bench.device_kernels import attention_case
+from bench.device_layers import CONTIGUOUS, PEERS
+from bench.kernel_agenda import Job, time_case
+from bench.kernels import Contestant, enter, time_in_turn
+from bench.kernels_on_device import device_names
 from bench.paper.command import describe, make_parser, parse_sized
 from bench.record import note, write_result
-from pallas_kernels import AttentionMetadata, KVLayout, make_metadata, paged_attention
+from pallas_kernels import AttentionMetadata, KVLayout, make_metadata, misfits, paged_attention
 from pallas_kernels.cases import BENCH, HEAD_SHAPES, Batch, BatchCase, HeadShape, make_batch
+from pallas_kernels.paged_attention.api import find
 
 PAPER_OVERHEAD = (0.20, 0.26)
 """More time than the contiguous kernel of FasterTransformer, figure 18a."""
@@ -143,18 +148,28 @@ def measure_on_device(args: Any, names: Sequence[str]) -> tuple[list[dict[str, A
     rows, not_timed = [], []
     for num_seqs in args.num_seqs:
         for context in args.contexts:
-            case = device_kernels.DeviceCase(
+            case = DeviceCase(
                 name=f"{num_seqs} x {context}", heads=HEAD_SHAPES[args.heads], batch=num_seqs, context=context,
                 block_size=args.block_size,
             )  # fmt: skip
-            timed, skipped = device_kernels.race(case, names, num_layers=args.num_layers, repeats=args.repeats)
-            for name, (times_ms, _) in timed.items():
+            for name in names:
+                labels = {"num_seqs": num_seqs, "context": context, "implementation": name}
+                reason = "; ".join(Job(name, case).reasons_against())
+                try:
+                    times_ms = [] if reason else time_case(
+                        case, name, num_layers=args.num_layers, repeats=args.repeats
+                    )[0]  # fmt: skip
+                except Exception as error:  # whatever a peer raises is why it has no time
+                    if name not in PEERS:
+                        raise
+                    times_ms, reason = [], (str(error) or type(error).__name__).splitlines()[0][:200]
+                if reason:
+                    not_timed.append({"case": case.name, "implementation": name, "because": reason})
+                    continue
                 rows.append({
-                    "num_seqs": num_seqs, "context": context, "implementation": name,
-                    "is_paged": name != "contiguous", "us_a_layer": 1e3 * statistics.median(times_ms),
+                    **labels, "is_paged": name not in CONTIGUOUS, "us_a_layer": 1e3 * statistics.median(times_ms),
                     "us_a_layer_min": 1e3 * min(times_ms),
                 })  # fmt: skip
-            not_timed += [{"case": case.name, "implementation": name, "because": why} for name, why in skipped.items()]
     return rows, not_timed
 
 
@@ -226,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, not_timed = measure_on_device(args, device_names())
     result = describe("bench.paper.kernel", arguments, args) | {
         "heads": args.heads, "block_size": args.block_size, "num_layers": args.num_layers,
-        "dtype": "float32" if is_cpu else device_kernels.DTYPE, "rows": rows, "overheads": overheads(rows),
+        "dtype": "float32" if is_cpu else DTYPE, "rows": rows, "overheads": overheads(rows),
         "not_timed": not_timed, "paper_overhead": list(PAPER_OVERHEAD),
     }  # fmt: skip
     print_report(result)
@@ -237,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def why_not_native(args: Any) -> str | None:
     """Why the compiled kernel is not here."""
     heads = HEAD_SHAPES[args.heads]
-    reasons = device_kernels.misfits(
-        device_kernels.find("native_cpu"), device_kernels.attention_case(heads, args.block_size, "float32")
+    reasons = misfits(
+        find("native_cpu"), attention_case(heads, args.block_size, "float32")
     )
     return "; ".join(reasons) or None
 
