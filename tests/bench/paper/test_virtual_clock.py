@@ -1,5 +1,7 @@
 """The virtual clock and step costs, worked by hand; attention in blocks and in one piece gives the same."""
 
+import argparse
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,13 @@ def test_contexts_that_are_no_block_are_refused(capsys):
     with pytest.raises(SystemExit):
         kernel.main(["--contexts", "48"])
     assert "must be powers of two" in capsys.readouterr().err
+
+
+def test_on_a_device_contestants_are_timed_or_the_reason_is_told():
+    args = argparse.Namespace(num_seqs=[2], contexts=[32], heads="stories260k", block_size=16, num_layers=2, repeats=1)
+    rows, not_timed = kernel.measure_on_device(args, ["xla", "mosaic_gpu", "contiguous_xla", "contiguous_cudnn"])
+    assert [(row["implementation"], row["is_paged"]) for row in rows] == [("xla", True), ("contiguous_xla", False)]
+    assert all(row["us_a_layer"] > 0 for row in rows)
+    reasons = {row["implementation"]: row["because"] for row in not_timed}
+    assert "cuDNN" in reasons["contiguous_cudnn"]
+    assert "cpu" in reasons["mosaic_gpu"]
