@@ -250,7 +250,7 @@ def test_a_name_that_is_no_field_is_refused_with_what_to_use(kind, name, remedy)
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("best_of", "use n"), ("use_beam_search", "use BeamSearchParams"), ("num_beams", r"use BeamSearchParams\(beam_width=")],
+    [("best_of", "use n"), ("use_beam_search", "use BeamSearchParams"), ("num_beams", r"use BeamSearchParams\(beam_")],
 )
 def test_what_only_beams_have_is_refused_of_samples_with_what_to_use(name, remedy):
     with pytest.raises(ValueError, match=f"{name}=3 is no field of SamplingParams: {remedy}"):
