@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from jaxpaged.commands.flags import SAMPLING_FLAGS, Parser, add_engine_flags, add_flags, flag, parser_of
+from jaxpaged.commands.flags import (
+    BEAM_FLAGS,
+    SAMPLING_FLAGS,
+    Parser,
+    add_engine_flags,
+    add_flags,
+    add_generation_flags,
+)
 from jaxpaged.commands.output import drop_output, forgiving_stderr, show_warning
 from jaxpaged.interrupts import exiting_interrupts, insistent_interrupts
 from jaxpaged.server.config import OPTIONS as SERVER_OPTIONS
@@ -93,10 +100,10 @@ def make_parser() -> argparse.ArgumentParser:
     for verb in (generate, chat):
         verb.add_argument("--verbose", action="store_true", help="print where the time went")
         verb.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
-        for name, (kind, default, text) in SAMPLING_FLAGS.items():
-            if name != "n" or verb is generate:  # a conversation has one answer
-                kind_parser, _ = parser_of(kind)
-                verb.add_argument(flag(name), type=kind_parser, default=default, help=f"{text} (default: {default})")
+        # a conversation has one answer, which is shown as it comes
+        is_chat = verb is chat
+        flags = {k: v for k, v in SAMPLING_FLAGS.items() if k != "n"} if is_chat else SAMPLING_FLAGS | BEAM_FLAGS
+        add_generation_flags(verb, flags)
         add_engine_flags(verb)
 
     serve = add_verb("serve", help="an HTTP server with OpenAI's API")

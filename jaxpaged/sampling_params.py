@@ -42,6 +42,20 @@ REMEDIES: Mapping[str, str] = {
     "eos_token_id": "use stop_token_ids",
 }
 """What to use instead of names that other engines have."""
+NO_DRAW = "a search draws nothing: leave it out, or use SamplingParams"
+NO_PENALTIES = "beams have no penalties: use logits_processors, or SamplingParams"
+ALL_ARE_GIVEN = "beam_width is also the number of hypotheses that are given back: use it alone"
+BEAM_REMEDIES: Mapping[str, str] = {
+    **REMEDIES,
+    **dict.fromkeys(("n", "best_of", "num_return_sequences"), ALL_ARE_GIVEN),
+    **dict.fromkeys(("top_p", "top_k", "min_p", "seed", "do_sample"), NO_DRAW),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), NO_PENALTIES),
+    "num_beams": "use beam_width",
+    "use_beam_search": "leave it out",
+    "min_tokens": "use length_penalty, or ignore_eos=True",
+    "prompt_logprobs": "use SamplingParams(prompt_logprobs=..., max_tokens=1)",
+}
+"""The same for beams, and for what only sampling has."""
 
 def _check_number(name: str, value: object, low: float, high: float, allowed: str, *, above_low: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number (no bool) in [low, high], or in (low, high]."""
@@ -285,7 +299,7 @@ class SamplingParams:
             raise ValueError("stop strings need detokenize=True: use stop_token_ids, or turn detokenize on")
 
 
-@naming_unknown_fields(REMEDIES)
+@naming_unknown_fields(BEAM_REMEDIES)
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """What a beam search asks for: the `beam_width` best hypotheses, as Hugging Face's `generate(num_beams=...)`
@@ -312,5 +326,7 @@ class BeamSearchParams:
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, "an integer from 1 to 2147483647")
         _check_number("temperature", self.temperature, 0.0, 0.0, "0.0 (beam search is deterministic)")
         _check_number("length_penalty", self.length_penalty, -100.0, 100.0, "a finite number from -100 to 100")
+        if self.early_stopping == "never":
+            raise refuse("early_stopping", "never", "True or False (transformers' third rule is not offered)")
         _check_bool("early_stopping", self.early_stopping)
         _check_shared(self)

@@ -100,6 +100,8 @@ def _check_schema(value: object) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"json is not valid JSON: {error}. Give a JSON schema as a mapping or as text") from error
+    if hasattr(value, "model_json_schema"):
+        raise refuse("json", value, f"{allowed}; of a pydantic model, give its model_json_schema()")
     if not isinstance(value, Mapping):
         raise refuse("json", value, allowed)
     _check_size(value)

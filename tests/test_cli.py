@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 from bench import VERBS
-from jaxpaged import LLM
+from jaxpaged import LLM, BeamSearchParams
 from jaxpaged.cli import main, make_parser
 from jaxpaged.llm import DEMO_FOLDER
 from pallas_kernels import KVLayout
@@ -57,6 +57,40 @@ def test_generate_of_the_command_line_takes_several_prompts_and_samples(capsys):
         f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2) for sample in (1, 2)
     ]
     assert "tok/s" in captured.err
+
+
+def test_generate_of_the_command_line_searches_with_beams(capsys):
+    options = ["--beam-width", "3", "--length-penalty", "0", "--early-stopping", "--stop", "\n", "--max-tokens", "6"]
+    assert main(["generate", "ROMEO:", "JULIET:", "--no-echo", "--quiet", "--max-num-seqs", "4", *options]) == 0
+    printed = capsys.readouterr().out
+    params = BeamSearchParams(beam_width=3, length_penalty=0.0, early_stopping=True, stop="\n", max_tokens=6)
+    llm = LLM("demo", max_num_seqs=4, show_progress=False)
+    found = llm.beam_search(["ROMEO:", "JULIET:"], params, use_tqdm=False)
+    assert printed == "".join(
+        f"--- prompt {number}, beam {hypothesis.index + 1}, score {hypothesis.score:.4f}\n{hypothesis.text}\n"
+        for number, output in enumerate(found, 1)
+        for hypothesis in output.outputs
+    )
+    assert printed.count("---") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--beam-width", "2", "--temperature", "0.7"], "--temperature has no effect here, as a search with beams"),
+        (["--beam-width", "2", "--n", "2"], "leave out --n or --beam-width"),
+        (["--beam-width", "2", "--seed", "0"], "leave out --seed or --beam-width"),
+        (["--length-penalty", "2"], "--length-penalty has no effect here, as it is of a search with beams"),
+        (["--early-stopping"], "give --beam-width too, or leave it out"),
+        (["--beam-width", "65"], "beam_width=65 is not allowed: it must be an integer from 1 to 64"),
+        (["--beam-width", "2", "--length-penalty", "nan"], "length_penalty=nan is not allowed"),
+    ],
+)
+def test_flags_that_a_search_or_a_draw_would_not_read_are_refused_by_name(options, told, monkeypatch, capsys):
+    monkeypatch.setattr("jaxpaged.commands.generate.LLM", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert main(["generate", "x", *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert told in error
 
 
 @pytest.mark.parametrize("arguments", [[], ["-"]])
@@ -362,6 +396,7 @@ def refusal(arguments, capsys):
         (["plan", "demo", "--host-memory-bytes", "1e9"], "'1e9' is neither a whole number nor auto; see jaxpaged "),
         (["generate", "x", "--dtype", "float16"], "use float32, which holds it exactly, or bfloat16"),
         (["generate", "x", "--max-token", "5"], "--max-token 5 (did you mean --max-tokens?); see jaxpaged gen"),
+        (["generate", "x", "--num-beams", "4"], "--num-beams 4 (did you mean --beam-width?); see jaxpaged generate"),
         (["chat", "--presence-penalty=1"], "(presence_penalty has no flag: use it from Python, as SamplingParams(pres"),
         (["generates"], "invalid choice: 'generates'"),
     ],

@@ -240,9 +240,35 @@ def test_anything_at_all_is_taken_or_refused_with_a_value_error(name, value):
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("best_of", "use n"), ("use_beam_search", "BeamSearchParams"), ("max_new_tokens", "max_tokens"), ("x", "choose")],
+    [("guided_decoding", "StructuredOutputsParams"), ("max_new_tokens", "max_tokens"), ("x", "choose")],
 )
 @pytest.mark.parametrize("kind", [SamplingParams, partial(BeamSearchParams, beam_width=2, max_tokens=2)])
 def test_a_name_that_is_no_field_is_refused_with_what_to_use(kind, name, remedy):
     with pytest.raises(ValueError, match=f"{name}=3 is no field of .*Params: .*{remedy}"):
         kind(**{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("best_of", "use n"), ("use_beam_search", "use BeamSearchParams"), ("num_beams", r"use BeamSearchParams\(beam_")],
+)
+def test_what_only_beams_have_is_refused_of_samples_with_what_to_use(name, remedy):
+    with pytest.raises(ValueError, match=f"{name}=3 is no field of SamplingParams: {remedy}"):
+        SamplingParams(**{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("n", "beam_width is also the number of hypotheses"),
+        ("num_return_sequences", "beam_width is also the number of hypotheses"),
+        ("num_beams", "use beam_width$"),
+        ("seed", "draws nothing"),
+        ("repetition_penalty", "use logits_processors"),
+        ("min_tokens", "length_penalty"),
+        ("prompt_logprobs", "SamplingParams"),
+    ],
+)
+def test_what_only_sampling_has_is_refused_of_beams_with_what_to_use(name, remedy):
+    with pytest.raises(ValueError, match=f"{name}=3 is no field of BeamSearchParams: .*{remedy}"):
+        BeamSearchParams(beam_width=2, max_tokens=2, **{name: 3})

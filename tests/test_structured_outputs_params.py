@@ -61,6 +61,15 @@ def test_contradictions_and_unknown_names_are_refused(given, message):
         StructuredOutputsParams(**given)
 
 
+def test_a_pydantic_model_is_refused_with_the_call_that_gives_its_schema():
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed (extra: server)")
+    model = pydantic.create_model("Person", name=(str, ...))
+    for value in (model, model(name="x")):
+        with pytest.raises(ValueError, match=r"^json=.* give its model_json_schema\(\)$"):
+            StructuredOutputsParams(json=value)
+    assert "name" in StructuredOutputsParams(json=model.model_json_schema()).json
+
+
 def test_a_checked_form_is_frozen_checks_again_and_can_be_a_key():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     params = StructuredOutputsParams(json=schema)

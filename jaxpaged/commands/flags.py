@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jaxpaged.config import OPTIONS
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 SAMPLING_FLAGS = {
     "n": (int, 1, "samples per prompt"),
@@ -20,8 +20,17 @@ SAMPLING_FLAGS = {
     "repetition_penalty": (float, 1.0, "above 1 discourages repetition"),
     "seed": (int | None, None, "same seed, same text; None draws one, which the summary tells"),
 }
+BEAM_FLAGS = {
+    "beam_width": (int | None, None, "search with this many beams instead of drawing; all are printed, best first"),
+    "length_penalty": (float, 1.0, "of beams: a score is divided by length ** this, so that more favours long texts"),
+    "early_stopping": (bool, False, "of beams: end once beam_width texts are complete"),
+}
+SHARED_FLAGS = ("max_tokens",)
+"""Sampling flags that searches with beams read, too."""
 PYTHON_ONLY = {field.name for field in dataclasses.fields(SamplingParams)} - {*SAMPLING_FLAGS, "stop"}
 """Sampling parameters without a flag."""
+FOREIGN_NAMES = {"num_beams": "beam_width", "max_new_tokens": "max_tokens"}
+"""Names of transformers, and the flags that they stand for."""
 NO_FLAGS = ("seed", "max_logprobs", "logprobs_mode")
 """Engine options without a flag where a verb generates: a generation's seed is a sampling flag, and no such verb prints
 log-probabilities."""
@@ -51,7 +60,9 @@ class Parser(argparse.ArgumentParser):
         name = flag.removeprefix("--").replace("-", "_")
         if name in PYTHON_ONLY:
             return f" ({name} has no flag: use it from Python, as SamplingParams({name}=...))"
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        known = self._option_string_actions
+        foreign = "--" + FOREIGN_NAMES.get(name, "").replace("_", "-")
+        near = [foreign] if foreign in known else difflib.get_close_matches(flag, known, n=1)
         return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -70,6 +81,14 @@ def add_engine_flags(
     add_flags(group, [option for option in OPTIONS if option.name not in without])
     for name, text in VLLM_FLAGS.items():
         group.add_argument(flag(name), type=float, default=argparse.SUPPRESS, help=text)
+
+
+def add_generation_flags(parser: argparse.ArgumentParser, flags: Mapping[str, tuple[Any, Any, str]]) -> None:
+    """A flag for each row of such a table as SAMPLING_FLAGS."""
+    for name, (kind, default, text) in flags.items():
+        how: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": parser_of(kind)[0]}
+        shown = "" if kind is bool else f" (default: {default})"
+        parser.add_argument(flag(name), default=default, help=text + shown, **how)
 
 
 def add_flags(group: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
@@ -126,3 +145,19 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     if values["seed"] is None and values["temperature"] > 0:
         values["seed"] = secrets.randbelow(2**31)
     return SamplingParams(stop=getattr(options, "stop", None), **values)
+
+
+def beam_params(options: argparse.Namespace) -> BeamSearchParams | None:
+    """The search that all prompts get; None where none is asked for. ValueError for flags that would do nothing."""
+    given = {name for name, row in (SAMPLING_FLAGS | BEAM_FLAGS).items() if getattr(options, name) != row[1]}
+    is_search = "beam_width" in given
+    idle = given & SAMPLING_FLAGS.keys() - set(SHARED_FLAGS) if is_search else given & BEAM_FLAGS.keys()
+    if idle:
+        name = min(idle)
+        why = "a search with beams draws nothing" if is_search else "it is of a search with beams"
+        remedy = f"leave out {flag(name)} or --beam-width" if is_search else "give --beam-width too, or leave it out"
+        raise ValueError(f"{flag(name)} has no effect here, as {why}: {remedy}")
+    if not is_search:
+        return None
+    values = {name: getattr(options, name) for name in (*BEAM_FLAGS, *SHARED_FLAGS)}
+    return BeamSearchParams(stop=options.stop, **values)

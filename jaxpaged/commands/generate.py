@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpaged.commands.flags import engine_options, sampling_params
+from jaxpaged.commands.flags import beam_params, engine_options, sampling_params
 from jaxpaged.engine.outputs import FailedRequestWarning
 from jaxpaged.llm import LLM
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 STDIN = "-"
 
@@ -27,19 +27,19 @@ def load(options: argparse.Namespace, started: float) -> tuple[Any, float]:
 
 def run(options: argparse.Namespace, started: float) -> int:
     """The exit code."""
-    params = sampling_params(options)  # a bad value is refused before anything is loaded
+    # a bad value is refused before anything is loaded
+    params: SamplingParams | BeamSearchParams = beam_params(options) or sampling_params(options)
     prompts = _read_prompts(options.prompts)
     llm, imports_s = load(options, started)
     ready = time.perf_counter()
-    if len(prompts) == 1 and params.n == 1:
+    if len(prompts) == 1 and isinstance(params, SamplingParams) and params.n == 1:
         outputs = [print_stream(llm, prompts[0], params, is_echoed=not options.no_echo)]
     else:
         outputs = llm.generate(prompts, params, use_tqdm=not options.quiet)
         for number, output in enumerate(outputs, 1):
             for completion in output.outputs:
                 labels = [f"prompt {number}"] if len(prompts) > 1 else []
-                labels += [f"sample {completion.index + 1}"] if params.n > 1 else []
-                print(f"--- {', '.join(labels)}")
+                print(f"--- {', '.join(labels + _labels(completion, params))}")
                 print(("" if options.no_echo else output.prompt or "") + completion.text)
             _print_errors(output)
     if not options.quiet:
@@ -47,6 +47,14 @@ def run(options: argparse.Namespace, started: float) -> int:
     if options.verbose:
         _print_times(llm, outputs, imports_s, ready - started, started)
     return 1 if any(done.finish_reason == "error" for output in outputs for done in output.outputs) else 0
+
+
+def _labels(completion: Any, params: SamplingParams | BeamSearchParams) -> list[str]:
+    """What tells a completion from the others of its prompt."""
+    if isinstance(params, BeamSearchParams):
+        score = [] if completion.score is None else [f"score {completion.score:.4f}"]
+        return [f"beam {completion.index + 1}", *score]
+    return [f"sample {completion.index + 1}"] if params.n > 1 else []
 
 
 def _read_prompts(given: Sequence[str]) -> list[str]:
@@ -89,9 +97,12 @@ def _print_errors(output: Any) -> None:
         print(f"jaxpaged: error: {output.request_id}: {reason}", file=sys.stderr)
 
 
-def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float, params: SamplingParams) -> None:
+def _print_summary(
+    llm: Any, outputs: Sequence[Any], elapsed_s: float, params: SamplingParams | BeamSearchParams
+) -> None:
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    seed = f"; seed {params.seed}" if isinstance(params, SamplingParams) and params.temperature > 0 else ""
     firsts = [output.metrics.time_to_first_token_s for output in outputs if output.metrics.time_to_first_token_s]
     running_s = max(elapsed_s - llm.last_warm_up_s, 1e-9)
     stats = llm.stats()
@@ -99,7 +110,7 @@ def _print_summary(llm: Any, outputs: Sequence[Any], elapsed_s: float, params: S
     print(
         f"[{num_prompt} prompt tokens, {num_generated} generated in {running_s:.2f} s: "
         f"{num_generated / running_s:.1f} tok/s; {first}{stats.num_blocks - 1} blocks, "
-        f"{stats.num_preemptions} preemptions{f'; seed {params.seed}' if params.temperature > 0 else ''}]",
+        f"{stats.num_preemptions} preemptions{seed}]",
         file=sys.stderr,
     )
     ends = [(output, done) for output in outputs for done in output.outputs if done.finish_reason == "length"]

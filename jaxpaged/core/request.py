@@ -85,6 +85,14 @@ class Request:
         return len(self.prompt_token_ids)
 
 
+class RowOrigin(NamedTuple):
+    """The row that a forked sequence's own may begin as, while it is that of (sequence, epoch) still."""
+
+    row: int
+    sequence_id: int
+    epoch: int
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One output in the making. Written by the scheduler (and its block manager) only."""
@@ -106,6 +114,8 @@ class Sequence:
     num_preemptions: int = 0
     epoch: int = 0
     """Of its row: a runner that sees (sequence, epoch) anew fills the row afresh."""
+    row_origin: RowOrigin | None = None
+    """Of a fork, in its first epoch: a row that holds its lists, and all of its tokens but the last."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it, if one did."""

@@ -87,8 +87,6 @@ class Searches:
         # all have forked: now tokens may be appended
         for child, (_, token_id, _) in zip(beams, live, strict=True):
             child.token_ids.append(token_id)
-            if group.request.bad_words_token_ids or group.request.params.logits_processors:
-                child.epoch += 1  # they read the device's memory, where another token stands than was chosen here
         if len(parents) < len(live):
             num_held = sum(len(self._block_manager.held(child)) for child in beams)
             num_saved = num_held - self._block_manager.num_distinct_blocks(group)

@@ -5,7 +5,7 @@ import itertools
 from array import array
 
 from jaxpaged.core.block_manager import BlockManager
-from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence, SequenceStatus
+from jaxpaged.core.request import TOKEN_TYPE, Request, RowOrigin, Sequence, SequenceStatus
 
 
 class Sequences:
@@ -37,6 +37,8 @@ class Sequences:
             status=parent.status,
             num_preemptions=parent.num_preemptions,
         )
+        if parent.row is not None:
+            child.row_origin = RowOrigin(parent.row, parent.sequence_id, parent.epoch)
         self._block_manager.fork(parent, child)
         if parent.status is SequenceStatus.RUNNING:
             self.take_row(child)  # reserved on admission

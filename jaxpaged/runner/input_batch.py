@@ -240,6 +240,18 @@ class RowTables:
         self._has_lists[row] = has_own_lists
         return must_load
 
+    def origin_of(self, sequence: Sequence) -> int | None:
+        """The row that a sequence's may be copied from in place of being loaded, as long as it is what it was.
+
+        Copies are to be made in the order of the claims, before any row is loaded.
+        """
+        origin = sequence.row_origin
+        owner = None if origin is None or sequence.epoch else self._owners[origin.row]
+        if origin is None or owner is None:
+            return None
+        is_as_it_was = owner[0].sequence_id == origin.sequence_id and owner[1] == origin.epoch
+        return origin.row if is_as_it_was else None
+
 
 @dataclass(frozen=True)
 class BuiltBatch:

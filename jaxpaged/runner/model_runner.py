@@ -3,6 +3,7 @@
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ from jaxpaged.runner.logits_processors import (
 )
 from jaxpaged.runner.parallel import empty_cache, parallel_over
 from jaxpaged.runner.sampler import FINE, NOT_FINITE, NOTHING_LEFT, SamplerState, init_state, load_row, pack_row
+from jaxpaged.runner.sampler_state import copy_rows, pack_row_copies
 from jaxpaged.runner.shapes import RunnerShapes
 from jaxpaged.runner.step import jitted, jitted_candidates, jitted_sampler
 from jaxpaged.runner.swap import BlockMover
@@ -202,6 +204,7 @@ class ModelRunner:
         self._tables = self._row_tables()
         self._mover = BlockMover(self._kv, plan.num_host_blocks)
         self._load_row = jax.jit(load_row, donate_argnums=0)
+        self._copy_rows = jax.jit(copy_rows, donate_argnums=0)
         self._load_arguments = jax.jit(load_arguments, donate_argnums=0)
         self._step = jitted(
             graph, tree, engine_config.attention_implementation, self._block_size, self._parallel
@@ -253,14 +256,21 @@ class ModelRunner:
         if not plan.scheduled:
             return None
         num_tokens = num_logits = 0
+        copies: list[tuple[int, int]] = []
+        to_load: list[Sequence] = []
         for item in plan.scheduled:
             sequence = item.sequence
             row = sequence.row
             assert row is not None
-            if not self._tables.is_owned_by(row, sequence):
-                self._claim(row, sequence)
+            if not self._tables.is_owned_by(row, sequence) and self._tables.claim(row, sequence):
+                origin = self._tables.origin_of(sequence)
+                if origin is None:
+                    to_load.append(sequence)
+                else:
+                    copies.append((origin, row))
             num_tokens += item.num_new_tokens
             num_logits += num_logit_rows(item)
+        self._fill_rows(copies, to_load)
         bucket = self.shapes.buckets.pick(num_tokens, num_logits, len(plan.scheduled))
         return build(plan.scheduled, self._tables, self._layouts[bucket], self._block_size)
 
@@ -331,9 +341,13 @@ class ModelRunner:
             self._no_masks = jax.device_put(words, self._everywhere)
         return self._no_masks
 
-    def _claim(self, row: int, sequence: Sequence) -> None:
-        if self._tables.claim(row, sequence):
-            request = sequence.request
+    def _fill_rows(self, copies: List[tuple[int, int]], to_load: Iterable[Sequence]) -> None:
+        """Fill the sampler's state of newly claimed rows: those of forks from row to row, others from the host."""
+        if copies:
+            self._copy_rows_of(copies)
+        for sequence in to_load:
+            request, row = sequence.request, sequence.row
+            assert row is not None
             packed = pack_row(
                 row=row,
                 token_ids=sequence.token_ids,
@@ -347,6 +361,10 @@ class ModelRunner:
             if request.params.logits_processors:
                 packed = pack_arguments(self.processors, row, request.params)
                 self._arguments = self._load_arguments(self._arguments, packed)
+
+    def _copy_rows_of(self, copies: List[tuple[int, int]]) -> None:
+        packed = pack_row_copies(copies, self.shapes.num_rows)
+        self._state, self._arguments = self._copy_rows((self._state, self._arguments), packed)
 
     def cold_buckets(
         self,
@@ -412,7 +430,7 @@ class ModelRunner:
         self._kv = self._mover.warm_up_copies(self._kv, num_copies)
 
     def warm_up_rows(self) -> None:
-        """Compile the loading of a row's tokens and lists."""
+        """Compile the loading of a row's tokens and lists, and the copying of rows."""
         packed = pack_row(
             row=self.shapes.num_rows,
             token_ids=[0],
@@ -423,6 +441,7 @@ class ModelRunner:
             max_model_len=self.shapes.max_model_len,
         )
         self._state = self._load_row(self._state, packed)
+        self._copy_rows_of([])
 
     def _dummy_batch(self, bucket: Bucket, *, is_random: bool) -> BuiltBatch:
         """A step of the bucket's size whose sequences have null tables: an ordinary case, like padding."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt32
+from jax import lax
+from jaxtyping import Array, Float32, Int32, PyTree, Shaped, UInt32
 
 from jaxpaged.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
 
@@ -125,6 +126,31 @@ def _ids(values: Sequence[int], vocab_size: int, what: str) -> np.ndarray:
     return ids
 
 
+def pack_row_copies(copies: Sequence[tuple[int, int]], num_rows: int) -> np.ndarray:
+    """(source, target) pairs for `copy_rows` as one int32 vector: how many, all sources, all targets."""
+    packed = np.zeros((1 + 2 * num_rows), np.int32)
+    packed[0] = len(copies)
+    packed[1:].reshape(2, num_rows)[:, : len(copies)] = np.array(copies, np.int32).reshape(-1, 2).T
+    return packed
+
+
+def copy_rows(tables: PyTree[Shaped[Array, "state_rows ..."]], packed: Int32[Array, "size"]) -> PyTree:
+    """Every table with rows copied as a vector of `pack_row_copies` says, one after the other; jit it and donate them.
+
+    A program for any number of copies, at the price of those that are made.
+    """
+    sources, targets = packed[1:].reshape(2, -1)
+
+    def copy(i: Array, tables: PyTree) -> PyTree:
+        def in_table(table: Array) -> Array:
+            row = lax.dynamic_index_in_dim(table, sources[i], 0)
+            return lax.dynamic_update_slice_in_dim(table, row, targets[i], 0)
+
+        return jax.tree.map(in_table, tables)
+
+    return lax.fori_loop(jnp.int32(0), packed[0], copy, tables)
+
+
 def load_row(state: SamplerState, packed: Int32[Array, "size"]) -> SamplerState:
     """`state` with one row replaced by a vector of `pack_row`; jit it and donate `state`."""
     row, start = packed[0], 1
@@ -133,7 +159,7 @@ def load_row(state: SamplerState, packed: Int32[Array, "size"]) -> SamplerState:
         table = getattr(state, field.name)
         size = int(np.prod(table.shape[1:]))
         bits = packed[start : start + size].reshape(table.shape[1:])
-        values = bits if table.dtype == jnp.int32 else jax.lax.bitcast_convert_type(bits, table.dtype)
-        loaded[field.name] = jax.lax.dynamic_update_index_in_dim(table, values, row, 0)
+        values = bits if table.dtype == jnp.int32 else lax.bitcast_convert_type(bits, table.dtype)
+        loaded[field.name] = lax.dynamic_update_index_in_dim(table, values, row, 0)
         start += size
     return SamplerState(**loaded)

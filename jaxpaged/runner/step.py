@@ -72,7 +72,10 @@ def step(
     tokens = first_argmax(logits, best)
     packed_sampling = packed[layout.sampling_start :]
     sampling = unpack_sampling(packed_sampling, layout.bucket.num_logits)
-    history = state.history.at[sampling.write_rows, sampling.position].set(tokens, mode="drop")
+    # the token before too: a beam's was chosen by the host, and a forked sample's row began as another's
+    written = jnp.stack([batch.token_ids[batch.logit_tokens], tokens], axis=1)
+    places = jnp.stack([sampling.position - 1, sampling.position], axis=1)
+    history = state.history.at[sampling.write_rows[:, None], places].set(written, mode="drop")
     state = replace(state, history=history)
     return kv, state, jnp.stack([tokens, jnp.where(finite, FINE, NOT_FINITE)]), logits, packed_sampling
 

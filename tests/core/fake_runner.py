@@ -128,6 +128,8 @@ class FakeRunner:
         self.num_unread = 0
         """Slots that lay before a window."""
         self.rows: dict[int, tuple[Sequence, int, list[int]]] = {}
+        self.num_row_copies = 0
+        """Rows that could begin as another's."""
 
     def run(self, output: SchedulerOutput) -> RunnerOutput:
         self.check_plan(output)
@@ -173,12 +175,25 @@ class FakeRunner:
         held = self.rows.get(sequence.row)
         if held is None or held[:2] != (sequence, sequence.epoch):
             assert not sequence.num_pending_tokens or sequence.num_computed_tokens == len(sequence.token_ids)
+            self.check_origin(sequence)
             held = self.rows[sequence.row] = (sequence, sequence.epoch, list(sequence.token_ids))
         history = held[2]
         if sequence.request.beams is not None:
             history[:] = sequence.token_ids  # what is chosen for a beam the device does not know
         assert history[: len(sequence.token_ids)] == list(sequence.token_ids)
         return history
+
+    def check_origin(self, sequence: Sequence) -> None:
+        """Where a fork's first row may begin as another, that one holds the tokens that were known when it forked."""
+        origin = sequence.row_origin
+        if origin is None or sequence.epoch:
+            return
+        parent, epoch, tokens = self.rows[origin.row]
+        if (parent.sequence_id, epoch) == (origin.sequence_id, origin.epoch):
+            self.num_row_copies += 1
+            assert parent.request is sequence.request
+            num_known = len(sequence.token_ids) - 1
+            assert tokens[:num_known] == sequence.token_ids[:num_known]
 
     def sample(
         self, sequence: Sequence, history: list[int], hashes: list[int], start: int, num_new: int, num_samples: int

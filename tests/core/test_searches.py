@@ -1,7 +1,7 @@
 from core.fake_runner import make_request
 from core.test_scheduler import make_scheduler, plan_of
 
-from jaxpaged.core.request import BeamSettings, FinishReason
+from jaxpaged.core.request import BeamSettings, FinishReason, RowOrigin
 from jaxpaged.core.scheduler_output import Candidate, RunnerOutput, SequenceOutput
 
 TWO_BEAMS = BeamSettings(width=2, length_penalty=1.0, early_stopping=False, num_candidates=4)
@@ -36,6 +36,17 @@ def test_blocks_of_a_dropped_beam_can_be_found():
     scheduler.schedule()
     assert newcomer.num_cached_tokens == 4
     scheduler.check()
+
+
+def test_a_fork_names_the_row_of_its_parent():
+    """Beams A and B live; B goes on twice, so that A is dropped and the fork takes its row."""
+    scheduler, group, second = scheduler_of_two_beams()
+    first, parent = group.sequences
+    assert parent.row_origin == RowOrigin(0, first.sequence_id, 0)
+    scheduler.update(second, results(second, [(7, -8.0)], [(9, -0.5), (6, -0.6)]))
+    kept, fork = group.sequences
+    assert (kept, kept.row, fork.row) == (parent, 1, 0)
+    assert fork.row_origin == RowOrigin(1, parent.sequence_id, 0)
 
 
 def test_a_beam_without_a_continuation_dies_alone():

@@ -5,7 +5,7 @@ from array import array
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.core.request import TOKEN_TYPE, Request, Sequence
+from jaxpaged.core.request import TOKEN_TYPE, Request, RowOrigin, Sequence
 from jaxpaged.core.scheduler_output import ScheduledSequence
 from jaxpaged.runner.buckets import Bucket
 from jaxpaged.runner.input_batch import (
@@ -136,6 +136,24 @@ def test_a_row_is_loaded_for_lists_and_cleared_of_a_former_owners():
     assert not tables.is_owned_by(0, owner)
     assert claimed(GREEDY)[1]  # the bias must go
     assert not claimed(GREEDY)[1]
+
+
+def test_a_row_may_begin_as_its_origin_while_that_is_what_it_was():
+    tables = RowTables(3, 4)
+    parent = sequence(tables, 0, [7, 8], [5])
+    fork = Sequence(8, parent.request, 1, [7, 8, 9], row_origin=RowOrigin(0, parent.sequence_id, 0))
+    assert tables.origin_of(fork) == 0
+    assert tables.origin_of(parent) is None
+    fork.epoch = 1  # it was preempted before it ever ran
+    assert tables.origin_of(fork) is None
+    fork.epoch = 0
+    parent.epoch = 1
+    tables.claim(0, parent)  # filled afresh, perhaps with more tokens
+    assert tables.origin_of(fork) is None
+    parent.epoch = 0
+    tables.claim(0, parent)
+    tables.claim(0, fork)  # the parent has ended, and its row is another's
+    assert tables.origin_of(fork) is None
 
 
 def test_which_requests_need_the_sampler():

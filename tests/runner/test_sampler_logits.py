@@ -11,6 +11,7 @@ from logit_rows import MAX_MODEL_LEN, LogitRow, draw, jitted_load_row, load_stat
 from jaxpaged.runner import logits as logits_module
 from jaxpaged.runner.logits import first_argmax, log_sum_exp, maximum, process, token_logprobs
 from jaxpaged.runner.sampler import MAX_BAD_WORD_TOKENS, init_state, pack_row, state_bytes
+from jaxpaged.runner.sampler_state import copy_rows, pack_row_copies
 from jaxpaged.sampling_params import SamplingParams
 
 VOCAB = 37  # not a multiple of 32, so that the last word of the allowed mask is ragged
@@ -249,3 +250,23 @@ def test_a_row_loaded_again_forgets_what_it_held():
     reloaded = jitted_load_row(state, packed)
     for got, wanted in zip(jax.tree.leaves(reloaded), jax.tree.leaves(load_state([new], 1)), strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_rows_are_copied_one_after_the_other():
+    """Row 0 to 2, then 2 to 1; then row 2 to 0, which changes nothing: every row is what row 0 was."""
+    held = LogitRow(
+        np.zeros(VOCAB, np.float32),
+        SamplingParams(**CASES["everything"]),
+        prompt=PROMPT,
+        output=OUTPUT,
+        stop_ids=[4],
+        bad_words=[[5]],
+    )
+    arguments = ((jnp.arange(8, dtype=jnp.float32).reshape(4, 2), jnp.array([True, False, False, True])),)
+    packed = pack_row_copies([(0, 2), (2, 1), (2, 0)], 3)
+    state, ((numbers, switches),) = jax.jit(copy_rows)((load_state([held], 3), arguments), packed)
+    for table, before in zip(jax.tree.leaves(state), jax.tree.leaves(load_state([held], 3)), strict=True):
+        for row, origin in enumerate([0, 0, 0, 3]):
+            np.testing.assert_array_equal(table[row], before[origin])
+    assert numbers.tolist() == [[0, 1], [0, 1], [0, 1], [6, 7]]
+    assert switches.tolist() == [True, True, True, True]
