@@ -86,7 +86,10 @@ class HostScaleWorker:
         gc.collect()
 
     def run(self, num_steps: int) -> list[dict[str, float]]:
-        """Milliseconds of each part of some steps, of the whole step, and of the garbage collector within it."""
+        """Milliseconds of each part of some steps, of the whole step, and of the garbage collector.
+
+        The collector's are of all it did, also while the device's answer was made, which no part counts.
+        """
         steady = self._steady
         assert steady is not None
         steps = []
