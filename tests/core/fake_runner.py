@@ -193,7 +193,7 @@ class FakeRunner:
             self.num_row_copies += 1
             assert parent.request is sequence.request
             num_known = len(sequence.token_ids) - 1
-            assert tokens[:num_known] == sequence.token_ids[:num_known]
+            assert tokens[:num_known] == list(sequence.token_ids[:num_known])
 
     def sample(
         self, sequence: Sequence, history: list[int], hashes: list[int], start: int, num_new: int, num_samples: int
