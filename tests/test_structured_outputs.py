@@ -264,6 +264,7 @@ REFUSED = {
     "open group": (form(regex="a("), "regex cannot be compiled.*unclosed"),
     "empty language": (form(regex=r"[^\x00-\x{10FFFF}]"), "no token can satisfy regex"),
     "empty text": (form(regex="()"), "no token can satisfy regex"),
+    "rules of another manner": (form(grammar='root ::= "a"'), "grammar cannot be compiled.*start: ..., not root ::="),
     "unknown rule": (form(grammar="start: other"), "grammar cannot be compiled.*other"),
     "no start": (form(grammar='other: "a"'), "grammar cannot be compiled.*start"),
     "not Lark": (form(grammar='root ::= "a"'), "grammar cannot be compiled"),

@@ -17,12 +17,18 @@ Decisions
    from its parent's (half a microsecond: llguidance shares what copies have in common), which is kept for the beam that
    goes on so; what nobody went on with is let go two tokens later. A beam that no token can follow dies, a limit ends
    its request. Refused: a hook for forks and drops (what is found by tokens cannot be out of step with them).
+6. 2026-11-25. Who finds the lexer full goes on with one of its own, compiled anew. Copies of a matcher share a lexer,
+   and with it the bound on its states: 20 strings of 600 characters filled it in three requests, and every later one
+   of that schema ended in an error. A lexer of its own (compiled in 1 ms there) reads the sequence's tokens again; one
+   that is full within 64 tokens is its own sequence's fault. Requests to come get a fresh one, too. Refused: a lexer
+   for each request (each would find every state anew); no bound (memory).
 """
 
 import importlib.util
 import json
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,11 +37,13 @@ from jaxpaged.core.scheduler_output import SchedulerOutput
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.structured_outputs import StructuredOutputsParams
 
+Answer = TypeVar("Answer")
+
 MAX_COMPILED = 64
 """Compiled grammars that are kept, least recently used first out."""
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 1_000,
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 150_000,
     "step_max_items": 5_000,
     "max_lexer_states": 10_000,
@@ -45,6 +53,10 @@ LIMITS: dict[str, Any] = {
 """llguidance's bounds of a grammar's size and of the work for one mask."""
 NO_TOKEN = "NoExtension"
 """How the library's word for a state that no token can follow begins."""
+EXHAUSTED = "lexer error: too many"
+"""In the library's word for a lexer that has reached its bounds; copies share one, so others may have filled it."""
+RENEWAL_TOKENS = 64
+"""Output tokens that a lexer of its own must have lasted for before it is made anew once more."""
 _END = {
     "content": "<|end of a form|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
     "special": True,
@@ -111,12 +123,44 @@ class Grammars:
 
         Raises GrammarError where the grammar does not allow them, or met a limit.
         """
-        return self._state(sequence).is_at_end
+        return self._asked(sequence, lambda: self._state(sequence).is_at_end)
 
     def is_at_end_after(self, parent: Sequence, token_id: int) -> bool:
         """Whether a beam's grammar comes to its end where it goes on with this token. Raises GrammarError likewise."""
-        beams = self._beams[parent.request.request_id]
-        return bool(beams.after((*parent.output_token_ids, token_id)).is_stopped())
+        request_id, token_ids = parent.request.request_id, (*parent.output_token_ids, token_id)
+        return self._asked(parent, lambda: bool(self._beams[request_id].after(token_ids).is_stopped()))
+
+    def _asked(self, sequence: Sequence, question: Callable[[], Answer]) -> Answer:
+        """The answer to what reads the sequence's matcher, with a lexer of its own where the shared one is full."""
+        try:
+            return question()
+        except GrammarError as error:
+            if EXHAUSTED not in str(error) or not self._renew(sequence):
+                raise
+        return question()
+
+    def _renew(self, sequence: Sequence) -> bool:
+        """Give a sequence, or all beams of a search, a lexer of its own; False where the one it has was such a one."""
+        request_id, num_tokens = sequence.request.request_id, sequence.num_output_tokens
+        is_search = sequence.request.beams is not None
+        held = self._beams[request_id] if is_search else self._states[request_id][sequence]
+        if held.renewed_at is not None and num_tokens < held.renewed_at + RENEWAL_TOKENS:
+            return False
+        wanted = sequence.request.params.structured_outputs
+        assert self._library is not None
+        assert wanted is not None
+        self._compiled.pop(wanted, None)
+        fresh = self._library.compile(wanted)
+        if is_search:
+            self._beams[request_id] = _BeamMatchers(fresh, num_tokens)
+        else:
+            self._states[request_id][sequence] = _State(fresh, num_tokens)
+        return True
+
+    def _mask(self, sequence: Sequence) -> np.ndarray:
+        library = self._library
+        assert library is not None
+        return self._asked(sequence, lambda: library.mask(self._matcher(sequence)))
 
     def _matcher(self, sequence: Sequence) -> Any:
         """Where a sequence or beam stands, all of its known tokens read."""
@@ -153,7 +197,7 @@ class Grammars:
             if not num_samples or request_id not in self._of_request:
                 continue
             try:
-                masks[row] = self._library.mask(self._matcher(item.sequence))
+                masks[row] = self._mask(item.sequence)
             except Exception as error:  # whatever the library says: one request's trouble is its own
                 if item.sequence.request.beams is not None and str(error).startswith(NO_TOKEN):
                     continue
@@ -165,10 +209,15 @@ class Grammars:
 
 
 class _State:
-    """A matcher, and how many output tokens it has read."""
+    """A matcher, and how many output tokens it has read.
 
-    def __init__(self, matcher: Any) -> None:
+    Args:
+        renewed_at: The number of output tokens at which it got a lexer of its own.
+    """
+
+    def __init__(self, matcher: Any, renewed_at: int | None = None) -> None:
         self.matcher = matcher
+        self.renewed_at = renewed_at
         self._num_read = 0
 
     def read(self, sequence: Sequence) -> None:
@@ -184,10 +233,15 @@ class _State:
 
 
 class _BeamMatchers:
-    """Matchers of one search by the output tokens they have read: of the longest, and of those one token shorter."""
+    """Matchers of one search by the output tokens they have read: of the longest, and of those one token shorter.
 
-    def __init__(self, start: Any) -> None:
+    Args:
+        renewed_at: The number of output tokens at which they got a lexer of their own.
+    """
+
+    def __init__(self, start: Any, renewed_at: int | None = None) -> None:
         self._start = start
+        self.renewed_at = renewed_at
         self._kept: dict[tuple[int, ...], Any] = {}
         self._length = 0
 
@@ -252,12 +306,15 @@ class _Library:
         matcher = self._matcher_type(self._tokens, self._source(wanted), log_level=0, limits=self._limits)
         name = next(name for name in ("json", "regex", "choice", "grammar", "json_object") if getattr(wanted, name))
         if matcher.is_error():
-            raise GrammarError(f"structured_outputs: {name} cannot be compiled: {_first_lines(matcher)}")
-        # on a copy: making a mask may leave a matcher in error
+            is_foreign = name == "grammar" and "::=" in getattr(wanted, name)
+            hint = "; write rules as Lark does, start: ..., not root ::= ..." if is_foreign else ""
+            raise GrammarError(f"structured_outputs: {name} cannot be compiled: {_first_lines(matcher)}{hint}")
+        # on copies: making a mask may leave a matcher in error
         trial = matcher.deep_copy()
         nothing = f"structured_outputs: no token can satisfy {name}: give one that allows some text"
         try:
             mask = self.mask(trial)
+            self.mask(matcher.deep_copy())  # that the first outgrew what copies share, the library tells only now
         except GrammarError as error:
             if str(error).startswith(NO_TOKEN):
                 raise GrammarError(nothing) from error

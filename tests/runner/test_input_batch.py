@@ -141,7 +141,7 @@ def test_a_row_is_loaded_for_lists_and_cleared_of_a_former_owners():
 def test_a_row_may_begin_as_its_origin_while_that_is_what_it_was():
     tables = RowTables(3, 4)
     parent = sequence(tables, 0, [7, 8], [5])
-    fork = Sequence(8, parent.request, 1, [7, 8, 9], row_origin=RowOrigin(0, parent.sequence_id, 0))
+    fork = Sequence(8, parent.request, 1, array(TOKEN_TYPE, [7, 8, 9]), row_origin=RowOrigin(0, parent.sequence_id, 0))
     assert tables.origin_of(fork) == 0
     assert tables.origin_of(parent) is None
     fork.epoch = 1  # it was preempted before it ever ran
