@@ -187,7 +187,7 @@ inline void multiply_group(const Problem& p, const float* group, const char* con
   // whole vectors to add up: what is behind the last sum stays 0
   constexpr int NUM = (GROUP * COLUMNS + LANES - 1) / LANES * LANES;
   Vec sums[NUM] = {};
-  auto take_part = [&](auto words, auto part) {
+  auto take_part = [&](auto words, auto part) __attribute__((always_inline)) {
     Vec weights[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       weights[c] = Format::template part<part()>(words(c));
@@ -198,7 +198,7 @@ inline void multiply_group(const Problem& p, const float* group, const char* con
       for (int c = 0; c < COLUMNS; ++c) Format::add(sums[r * COLUMNS + c], input, weights[c]);
     }
   };
-  auto take = [&](auto words) {
+  auto take = [&](auto words) __attribute__((always_inline)) {
     take_part(words, std::integral_constant<int, 0>{});
     if constexpr (Format::PARTS == 2) take_part(words, std::integral_constant<int, 1>{});
     group += GROUP * LANES;
@@ -208,7 +208,11 @@ inline void multiply_group(const Problem& p, const float* group, const char* con
     for (int i = 0; i < FETCH; ++i, coming += LANES * WORD) __builtin_prefetch(coming, 0, 2);
     take([&](int c) { return load(columns[c] + word * WORD); });
   }
-  if (word * WORD < p.row_bytes) take([&](int c) { return load_rest(p, columns[c], word); });
+  if (word * WORD < p.row_bytes) {
+    Vec rest[COLUMNS] = {};
+    for (int c = 0; c < COLUMNS; ++c) std::memcpy(&rest[c], columns[c] + word * WORD, p.row_bytes - word * WORD);
+    take([&](int c) { return rest[c]; });
+  }
   for (int i = 0; i < NUM; i += LANES) store(sums_out + i, add_lanes(sums + i));
 }
 
@@ -273,7 +277,7 @@ inline void multiply_panel(const Problem& p, const Panel& panel, int64_t column,
   }
   Vec sums[C][V] = {};
   const float* input = panel.packed + depth * V * LANES;
-  auto take_part = [&](int64_t word, int64_t num_bytes, auto part) {
+  auto take_part = [&](int64_t word, int64_t num_bytes, auto part) __attribute__((always_inline)) {
     Vec rows[V];
     for (int v = 0; v < V; ++v) rows[v] = Format::template part<part()>(load(input + v * LANES));
     for (int c = 0; c < C; ++c) {
@@ -283,7 +287,7 @@ inline void multiply_panel(const Problem& p, const Panel& panel, int64_t column,
       for (int v = 0; v < V; ++v) Format::add(sums[c][v], rows[v], weight);
     }
   };
-  auto take = [&](int64_t word, int64_t num_bytes) {
+  auto take = [&](int64_t word, int64_t num_bytes) __attribute__((always_inline)) {
     take_part(word, num_bytes, std::integral_constant<int, 0>{});
     if constexpr (Format::PARTS == 2) take_part(word, num_bytes, std::integral_constant<int, 1>{});
     input += V * LANES;
