@@ -74,7 +74,8 @@ def resolve_folder(model: str | Path) -> Path:
     """The folder of a model: a path, or "demo" for the one in the package. Raises ValueError; asks no network."""
     if not isinstance(model, (str, Path)) or not str(model).strip():
         shown = repr(model) if isinstance(model, (str, Path)) else f"(a {type(model).__name__})"
-        raise ValueError(f"model={shown} is not a path: give the folder of a model, 'demo', or a Decoder")
+        hint = "; converters.from_state writes the folder of an nnx.State" if isinstance(model, nnx.State) else ""
+        raise ValueError(f"model={shown} is not a path: give the folder of a model, 'demo', or a Decoder{hint}")
     if str(model) == "demo":
         return DEMO_FOLDER
     folder = Path(model).expanduser()

@@ -358,6 +358,8 @@ def test_a_live_model_without_a_tokenizer_takes_token_ids_only():
 def test_a_live_model_of_another_kind_or_with_weights_missing_is_refused():
     with pytest.raises(ValueError, match=r"model=\(a Linear\) is not a path: .* or a Decoder"):
         LLM(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), show_progress=False)
+    with pytest.raises(ValueError, match=r"\(a State\) is not a path: .*converters\.from_state"):
+        LLM(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), show_progress=False)
     _, module = load(DEMO_FOLDER)
     with pytest.raises(ValueError, match="state: 'embedding.table' is a ShapeDtypeStruct: only arrays"):
         LLM(build_abstract(module.config), show_progress=False)
