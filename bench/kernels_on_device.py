@@ -7,7 +7,6 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +15,7 @@ from bench.device_cases import DEVICE_CASES, GROUP_4, SMALL_CASES, checks_for
 from bench.device_kernels import COPY_BYTES, MATMUL_SIZE, attention_case, copy_bandwidth, matmul_rate
 from bench.device_layers import PEERS
 from bench.kernel_agenda import Run, agenda, empty_result, verdicts
-from bench.record import describe_run, note, result_to_go_on_with, sources_digest, write_result
-from bench.worker import PROJECT_ROOT
+from bench.record import add_resume_flags, describe_run, note, resumed, sources_digest, write_result
 from pallas_kernels import IMPLEMENTATIONS, pick
 
 SOURCES = ("pallas_kernels/**/*.py", "pallas_kernels/**/*.cc", "pallas_kernels/**/*.json", "bench/*.py")
@@ -44,10 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-layers", type=int, default=2 if is_small else 8)
     parser.add_argument("--repeats", type=int, default=1 if is_small else 10)
     parser.add_argument("--minutes", type=float, default=8.5, help="nothing is begun after them (%(default)s)")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result, to go on with what it lacks")
-    parser.add_argument(
-        "--output", type=Path, help="default: that of --resume; on an accelerator bench/results/kernels-<device>.json"
-    )
+    add_resume_flags(parser, "kernels")
     parser.add_argument("--device", action="store_true", help="this bench also without an accelerator, small")
     args = parser.parse_args(arguments)
     chosen = tuple(case for case in cases if any(part in case.name for part in args.cases))
@@ -56,13 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     kind = jax.devices()[0].device_kind
     identity = {"device": kind, "jax": jax.__version__, "num_layers": args.num_layers}
     identity["sources"] = sources_digest(SOURCES)
-    try:
-        result = empty_result() if args.resume is None else result_to_go_on_with(args.resume, identity, empty_result())
-    except ValueError as error:
-        parser.error(f"--resume {args.resume}: {error}")
-    if args.output is None:
-        default = None if is_small else PROJECT_ROOT / "bench" / "results" / f"kernels-{kind.replace(' ', '-')}.json"
-        args.output = args.resume or default
+    result = resumed(parser, args, identity, empty_result(), None if is_small else "kernels")
     if is_small:
         note("on a CPU, kernels are interpreted: these times say nothing about hardware")
     bandwidth = copy_bandwidth(num_bytes=2**26 if is_small else COPY_BYTES)

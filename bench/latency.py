@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench.engine_worker import EngineWorker
-from bench.model_flags import add_model_flags, load
+from bench.model_flags import add_model_flags, load, make_parser
 from bench.record import describe_run, write_result
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -60,9 +60,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jaxpaged bench latency", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = make_parser("latency", __doc__)
     parser.add_argument("--batch-size", type=int, default=8, help="prompts of a batch (default: 8)")
     parser.add_argument("--input-len", type=int, default=32, help="tokens of a prompt (default: 32)")
     parser.add_argument("--output-len", type=int, default=128, help="tokens of an output, forced (default: 128)")

@@ -34,8 +34,7 @@ import numpy as np
 from flax import nnx
 
 from bench.device_kernels import COPY_BYTES, copy_bandwidth
-from bench.record import describe_run, note, result_to_go_on_with, save_result, sources_digest, write_result
-from bench.worker import PROJECT_ROOT
+from bench.record import add_resume_flags, describe_run, note, resumed, save_result, sources_digest, write_result
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine
 from jaxpaged.llm import keep_compiles
@@ -282,11 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs; always on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit-s", type=float, default=480.0, help="nothing is begun after it (%(default)s)")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result, to go on with what it lacks")
-    parser.add_argument(
-        "--output", type=Path,
-        help="default: that of --resume, or, but for --small, bench/results/llama8b-<device>.json",
-    )  # fmt: skip
+    add_resume_flags(parser, "llama8b")
     args = parser.parse_args(arguments)
     if not math.isfinite(args.time_limit_s) or args.time_limit_s <= 0:
         parser.error("--time-limit-s must be above 0")
@@ -295,15 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = SMALL_SCALE if is_small else FULL_SCALE
     identity = {"device": kind, "jax": jax.__version__, "is_small": is_small, "dtype": scale.model.dtype}
     identity |= {"engine_options": scale.options, "sources": sources_digest(SOURCES)}
-    found: dict[str, Any] = {"decode": [], "workloads": []}
-    if args.resume is not None:
-        try:
-            found = result_to_go_on_with(args.resume, identity, found)
-        except ValueError as error:
-            parser.error(f"--resume {args.resume}: {error}")
-    if args.output is None:
-        default = None if is_small else PROJECT_ROOT / "bench" / "results" / f"llama8b-{kind.replace(' ', '-')}.json"
-        args.output = args.resume or default
+    nothing: dict[str, Any] = {"decode": [], "workloads": []}
+    found = resumed(parser, args, identity, nothing, None if is_small else "llama8b")
     if is_small:
         note("a tiny model: these figures say nothing about an 8B Llama")
     keep_compiles()

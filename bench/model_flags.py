@@ -9,6 +9,12 @@ from jaxpaged.commands.flags import add_engine_flags, engine_options
 from jaxpaged.llm import engine_config_from, resolve_folder
 
 
+def make_parser(verb: str, docstring: str | None) -> argparse.ArgumentParser:
+    """A parser that tells the bench's question."""
+    question = (docstring or "").partition("\n")[0]
+    return argparse.ArgumentParser(prog=f"jaxpaged bench {verb}", description=question, allow_abbrev=False)
+
+
 def add_model_flags(parser: argparse.ArgumentParser, *, with_seed: bool = True) -> None:
     """The model, every option of the engine, the output."""
     if with_seed:

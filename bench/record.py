@@ -1,5 +1,6 @@
 """What a measurement must say about itself: where, when, by which command, at which commit. Results are JSON files."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -104,6 +105,35 @@ def result_to_go_on_with(path: Path, identity: Mapping[str, Any], parts: Mapping
     if others:
         raise ValueError(f"it was made with {', '.join(others)}: leave --resume out, to begin anew")
     return {name: found[name] for name in parts}
+
+
+def add_resume_flags(parser: argparse.ArgumentParser, stem: str) -> None:
+    """--resume and --output of a bench that may be cut short; see `resumed`."""
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result, to go on with what it lacks")
+    parser.add_argument(
+        "--output", type=Path,
+        help=f"default: that of --resume; if not small, bench/results/{stem}-<device>.json",
+    )  # fmt: skip
+
+
+def resumed(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, identity: Mapping[str, Any], parts: dict[str, Any],
+    default_stem: str | None,
+) -> dict[str, Any]:
+    """The `parts` that --resume goes on with, or those given; ends the process where that file is of no use.
+
+    `args.output` becomes the file to write, in bench/results by default: its name is `default_stem` and the device.
+    """
+    try:
+        found = parts if args.resume is None else result_to_go_on_with(args.resume, identity, parts)
+    except ValueError as error:
+        parser.error(f"--resume {args.resume}: {error}")
+    if args.output is None:
+        args.output = args.resume
+    if args.output is None and default_stem is not None:
+        device = identity["device"].replace(" ", "-")
+        args.output = PROJECT_ROOT / "bench" / "results" / f"{default_stem}-{device}.json"
+    return found
 
 
 def note(text: str) -> None:

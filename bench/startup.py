@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.model_flags import add_model_flags
+from bench.model_flags import add_model_flags, make_parser
 from bench.record import describe_run, write_result
 from bench.worker import PROJECT_ROOT
 from jaxpaged.commands.flags import engine_options
@@ -98,9 +98,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jaxpaged bench startup", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = make_parser("startup", __doc__)
     parser.add_argument("--repeats", type=int, default=3, help="cold starts, and warm ones (default: 3)")
     parser.add_argument(
         "--all-buckets", action="store_true", help="compile all that any request can reach, as a server does, instead "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bench.client.prompts import load_tokenizer
 from bench.engine_worker import EngineWorker
-from bench.model_flags import add_model_flags, load
+from bench.model_flags import add_model_flags, load, make_parser
 from bench.plans import DEFAULT_NUM, add_length_flags, check_length_flags, cut_to_fit, draw_plans
 from bench.record import describe_run, note, write_result
 from bench.report import spread
@@ -72,16 +72,14 @@ def print_report(result: dict[str, Any]) -> None:
           f"compiles behind the warm-up: {result['num_compiles_after_warmup']}")
     rates = result["output_tokens_per_s"]
     print(f"{rates['median']:.1f} output tokens/s (median of {rates['num_runs']}, {rates['min']:.1f} to "
-          f"{rates['max']:.1f}); {result['tokens_per_second']:.1f} tokens/s with the prompts', "
+          f"{rates['max']:.1f}); {result['tokens_per_second']:.1f} tokens/s with the prompts, "
           f"{result['requests_per_second']:.2f} requests/s")
     print(f"host time a step: {result['host_ms_per_step']:.3f} ms over {result['num_steps']:.0f} steps; "
           f"{result['num_preemptions']} preemptions; peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jaxpaged bench throughput", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = make_parser("throughput", __doc__)
     add_length_flags(parser)
     parser.add_argument("--repeats", type=int, default=3, help="runs that count (default: 3)")
     add_model_flags(parser, with_seed=False)

@@ -93,3 +93,15 @@ def golden_beams(stories260k: Path) -> list[dict[str, Any]]:
 def golden(stories260k: Path) -> list[dict[str, Any]]:
     """Prompts and the tokens that the author's own program gave for them, greedily."""
     return json.loads((stories260k / "golden.json").read_text())["greedy"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The demo model's; a file may have another under this name, as of `model`."""
+    return importlib.import_module("harness").demo_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    """A tiny random model that writes this tokenizer's tokens, and its config."""
+    return importlib.import_module("harness").model_for(tokenizer)

@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
-from harness import demo_tokenizer, drain, finish, make_engine, model_for, random_prompts, run
+from harness import drain, finish, make_engine, random_prompts, run
 
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 from jaxpaged.structured_outputs import StructuredOutputsParams
@@ -22,13 +22,8 @@ def nothing(logits, context):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def engine(tokenizer):
-    return make_engine(model_for(tokenizer), tokenizer, {"nan": nan, "nothing": nothing}, **INVARIANT)
+def engine(model, tokenizer):
+    return make_engine(model, tokenizer, {"nan": nan, "nothing": nothing}, **INVARIANT)
 
 
 @pytest.fixture(scope="module")

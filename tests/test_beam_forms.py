@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from beam_reference import Reference
-from harness import EOS, Run, demo_tokenizer, drain, make_engine, model_for, random_prompts, run
+from harness import EOS, Run, drain, make_engine, random_prompts, run
 from processors import PROCESSORS
 
 from jaxpaged.engine import grammars
@@ -123,16 +123,6 @@ FORMS: dict[str, tuple[StructuredOutputsParams, Language]] = {
 @pytest.fixture(scope="module", autouse=True)
 def needs_library():
     pytest.importorskip("llguidance", reason="llguidance is not installed (extra: structured)")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")

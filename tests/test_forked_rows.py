@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from beam_reference import Reference
-from harness import EOS, demo_tokenizer, make_engine, model_for, random_prompts, run
+from harness import EOS, make_engine, random_prompts, run
 from processors import PROCESSORS
 
 from jaxpaged.runner.input_batch import RowTables
@@ -16,16 +16,6 @@ INVARIANT = {"batch_invariant": True, "max_num_seqs": 16, "logits_processors": P
 TIGHT = 19
 """Blocks of 8 tokens, the null block included: the largest of the requests and little more."""
 NO_REPEATS = {"forbid_repeats": {"window": 6}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")

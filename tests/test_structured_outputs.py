@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from harness import EOS, demo_tokenizer, drain, make_engine, model_for, random_prompts, run
+from harness import EOS, drain, make_engine, random_prompts, run
 
 from jaxpaged.engine import grammars
 from jaxpaged.sampling_params import SamplingParams
@@ -36,16 +36,6 @@ def form(**given):
 
 def ask(wanted, **options):
     return SamplingParams(**({"max_tokens": 48, "structured_outputs": wanted, "logprobs": 1} | options))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return model_for(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,11 @@ def parse_sized(
 
 
 def describe(module: str, arguments: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """The run, its device and versions, its seed, and whether it was small."""
+    """The run, its device, its seed, and whether it was small."""
     device = jax.devices()[0]
     return {
         **describe_run(module, arguments),
         "device": device.device_kind if device.platform != "cpu" else f"cpu ({platform.machine()})",
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
         "seed": args.seed,
         "is_small": args.small,
     }

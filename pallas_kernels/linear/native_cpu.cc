@@ -209,7 +209,7 @@ inline void multiply_group(const Problem& p, const float* group, const char* con
     take([&](int c) { return load(columns[c] + word * WORD); });
   }
   if (word * WORD < p.row_bytes) {
-    Vec rest[COLUMNS] = {};
+    Vec rest[COLUMNS] = {};  // not load_rest as they are used: around its branches GCC keeps the loop's sums in memory
     for (int c = 0; c < COLUMNS; ++c) std::memcpy(&rest[c], columns[c] + word * WORD, p.row_bytes - word * WORD);
     take([&](int c) { return rest[c]; });
   }

@@ -1,7 +1,7 @@
 """A lexer is shared by all who follow a form and holds so many states: whoever finds it full must not notice."""
 
 import pytest
-from harness import demo_tokenizer, make_engine, model_for, run
+from harness import make_engine, run
 
 from jaxpaged.engine import grammars
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
@@ -19,18 +19,13 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer()
+def engine_of(model, tokenizer):
+    return make_engine(model, tokenizer, max_num_seqs=24, batch_invariant=True)
 
 
-def engine_of(tokenizer):
-    return make_engine(model_for(tokenizer), tokenizer, max_num_seqs=24, batch_invariant=True)
-
-
-def results(tokenizer) -> list:
+def results(model, tokenizer) -> list:
     """Of requests that come one after the other and of all together, so that they follow one form in one engine."""
-    engine = engine_of(tokenizer)
+    engine = engine_of(model, tokenizer)
     made = [run(engine, [PROMPT], params) for params in ASKED]
     made.append(run(engine, [PROMPT] * len(ASKED), ASKED))
     return [
@@ -40,15 +35,15 @@ def results(tokenizer) -> list:
     ]
 
 
-def test_a_full_lexer_changes_no_output(tokenizer, monkeypatch) -> None:
-    ample = results(tokenizer)
+def test_a_full_lexer_changes_no_output(model, tokenizer, monkeypatch) -> None:
+    ample = results(model, tokenizer)
     renewals = []
     renew = grammars.Grammars._renew
     monkeypatch.setattr(
         grammars.Grammars, "_renew", lambda of, sequence: renewals.append(sequence) or renew(of, sequence)
     )
     monkeypatch.setitem(grammars.LIMITS, "max_lexer_states", 300)
-    tight = results(tokenizer)
+    tight = results(model, tokenizer)
     assert any(sequence.request.beams for sequence in renewals)
     assert any(not sequence.request.beams for sequence in renewals)
     assert tight == ample
@@ -56,9 +51,9 @@ def test_a_full_lexer_changes_no_output(tokenizer, monkeypatch) -> None:
     assert len({text[0] for output in ample for text, _, _ in output}) > 6, "states of many first letters are met"
 
 
-def test_a_form_that_needs_more_than_a_lexer_holds_ends_its_request_alone(tokenizer, monkeypatch) -> None:
+def test_a_form_that_needs_more_than_a_lexer_holds_ends_its_request_alone(model, tokenizer, monkeypatch) -> None:
     monkeypatch.setitem(grammars.LIMITS, "max_lexer_states", 300)
-    engine = engine_of(tokenizer)
+    engine = engine_of(model, tokenizer)
     hungry = StructuredOutputsParams(regex="(.{0,50}x){0,50}y.{100}")
     asked = [
         SamplingParams(temperature=1.0, seed=1, max_tokens=100, structured_outputs=hungry),

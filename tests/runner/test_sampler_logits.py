@@ -232,17 +232,20 @@ def test_a_row_that_does_not_fit_is_refused(changed, message):
         pack_row(**(whole | changed))
 
 
+FULL_ROW = LogitRow(
+    np.zeros(VOCAB, np.float32),
+    SamplingParams(**CASES["everything"]),
+    prompt=PROMPT,
+    output=OUTPUT,
+    stop_ids=[4],
+    bad_words=[[5]],
+)
+"""One that every table of the state holds something of."""
+
+
 def test_a_row_loaded_again_forgets_what_it_held():
-    old = LogitRow(
-        np.zeros(VOCAB, np.float32),
-        SamplingParams(**CASES["everything"]),
-        prompt=PROMPT,
-        output=OUTPUT,
-        stop_ids=[4],
-        bad_words=[[5]],
-    )
     new = LogitRow(np.zeros(VOCAB, np.float32), SamplingParams(), prompt=[1])
-    state = load_state([old], 1)
+    state = load_state([FULL_ROW], 1)
     packed = pack_row(
         row=0, token_ids=[1], params=new.params, stop_token_ids=(), bad_words_token_ids=(), vocab_size=VOCAB,
         max_model_len=MAX_MODEL_LEN,
@@ -254,18 +257,10 @@ def test_a_row_loaded_again_forgets_what_it_held():
 
 def test_rows_are_copied_one_after_the_other():
     """Row 0 to 2, then 2 to 1; then row 2 to 0, which changes nothing: every row is what row 0 was."""
-    held = LogitRow(
-        np.zeros(VOCAB, np.float32),
-        SamplingParams(**CASES["everything"]),
-        prompt=PROMPT,
-        output=OUTPUT,
-        stop_ids=[4],
-        bad_words=[[5]],
-    )
     arguments = ((jnp.arange(8, dtype=jnp.float32).reshape(4, 2), jnp.array([True, False, False, True])),)
     packed = pack_row_copies([(0, 2), (2, 1), (2, 0)], 3)
-    state, ((numbers, switches),) = jax.jit(copy_rows)((load_state([held], 3), arguments), packed)
-    for table, before in zip(jax.tree.leaves(state), jax.tree.leaves(load_state([held], 3)), strict=True):
+    state, ((numbers, switches),) = jax.jit(copy_rows)((load_state([FULL_ROW], 3), arguments), packed)
+    for table, before in zip(jax.tree.leaves(state), jax.tree.leaves(load_state([FULL_ROW], 3)), strict=True):
         for row, origin in enumerate([0, 0, 0, 3]):
             np.testing.assert_array_equal(table[row], before[origin])
     assert numbers.tolist() == [[0, 1], [0, 1], [0, 1], [6, 7]]
