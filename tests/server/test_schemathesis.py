@@ -15,6 +15,10 @@ from schemathesis.specs.openapi.checks import (
 
 from jaxpaged.server.openapi import BODIES, make_document
 
+# schemathesis' strategies use the global generator here and there, and other threads may; both stand in hypothesis' way
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module inside strategies:hypothesis.errors.HypothesisDeprecationWarning"
+)
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 GETS = sorted(set(make_document()["paths"]) - set(BODIES))
 
